@@ -1,0 +1,627 @@
+"""CodeTalker: speech-driven 3D facial animation with a discrete motion prior (arXiv 2301.02379), from scratch.
+
+One sentence can be spoken with many faces. A network that regresses vertices from audio answers with the mean of
+them all, which is dull. CodeTalker first learns a finite dictionary of real facial motion (stage 1), then lets
+speech only *choose from it* (stage 2): every frame it makes is decoded from codes that real faces produced.
+
+Map of this file, in the order of the paper
+    shared parts   time masks, attention, feed-forward                     used by both stages
+    stage 1        MotionEncoder, Quantiser, MotionDecoder, MotionAutoencoder                 section 3.1
+    audio          log_mel, AudioEncoder                                                      section 3.2
+    stage 2        periodic positions, biased causal mask, frame-aligned cross-attention,
+                   CodeTalker: teacher-forced losses and free-running generation              section 3.2
+    checkpoints    save, load
+
+The alphabet of shapes
+    B batch    T motion frames    V vertices    d model width    H codes per frame ("slots")
+    c code width    N codes in the codebook    S audio steps    K speaking styles
+
+Where this differs from the paper, and why; each note stands again at its line
+    [history]   the transformer is fed the *codes* of the past frames, the paper feeds decoded vertices. Decoding a
+                prefix does not give the frames that decoding the whole gives, so the paper's history makes training
+                and generation two different functions; with codes they are one, and no decoder runs in the loop.
+    [own]       in training most of the history is the model's own answers instead of the truth. Fed with the truth
+                alone it learns to copy the last frame, hardly listens, and drifts as soon as it runs free.
+    [start]     stage 1 starts from data: its first and last layer from the principal components of real motion, the
+                codebook from encoder outputs; dead codes are revived. The paper starts all of it at random, the
+                codes in uniform(-1/N, 1/N), and leaves the dead dead; it also trains for hours.
+    [norm]      no InstanceNorm by default. It normalises each channel over the whole clip, so the codes of a frame
+                depend on all later frames, which a causal transformer cannot know, and a face at rest is magnified.
+    [loss]      stage 1 adds the squared error to the paper's L1. L1 alone settles on the median, and the median of a
+                muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it.
+    [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one.
+    [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch
+                axis), which is a constant; its transformers know no order, only its convolutions do.
+    [batch]     batches of any size, with lengths; the released stage 2 stops at a batch of one.
+    [audio]     a small convolutional encoder of log-mel bands, trained with the rest; the paper takes wav2vec 2.0.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+@dataclass
+class VQConfig:
+    """Sizes of stage 1. The defaults train on a laptop; the paper's are d 1024, 6 layers, 8 heads, MLP 1536."""
+    vertices: int                   # V; a face without vertices (blendshapes) counts three channels as one
+    width: int = 128                # d
+    layers: int = 2                 # transformer blocks in the encoder, and as many in the decoder
+    heads: int = 4
+    hidden: int = 256               # width inside a feed-forward block
+    slots: int = 16                 # H
+    code_width: int = 8             # c; H * c = d
+    codes: int = 256                # N
+    beta: float = 0.25              # weight of the commitment loss
+    instance_norm: bool = False     # [norm] the paper: True
+    squared: bool = True            # [loss] the paper: False
+
+
+@dataclass
+class ARConfig:
+    """Sizes of stage 2. The paper's: d 1024, 6 layers (VOCASET), 4 heads, period = frames per second."""
+    styles: int                     # K, one per training subject
+    fps: float                      # frames per second of the motion
+    period: int = 30                # frames after which positions repeat
+    width: int = 128                # d
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    mel_bands: int = 64
+    audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
+
+
+# -------------------------------------------------------------------------------------- shared parts: time and masks
+
+
+def inside(lengths, frames):
+    """(B, frames) bool: True where a frame belongs to its sequence, False in the padding behind it."""
+    return torch.arange(frames, device=lengths.device)[None] < lengths[:, None]
+
+
+def hold_last(x, lengths):
+    """Fill the padding behind each sequence with its last real frame.
+
+    A convolution with replicate padding then sees at the end of a short sequence in a batch exactly what it
+    would see if the sequence were alone. x (B, T, ...), lengths (B,) or None; returns the shape of x.
+    """
+    if lengths is None:
+        return x
+    index = torch.arange(x.shape[1], device=x.device)[None].minimum(lengths[:, None] - 1)       # (B, T)
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def masked_mean(x, lengths):
+    """Mean over all real frames and all channels of x (B, T, channels)."""
+    if lengths is None:
+        return x.mean()
+    mask = inside(lengths, x.shape[1])[..., None]
+    return (x * mask).sum() / (mask.sum() * x.shape[-1])
+
+
+def padding_bias(lengths, frames):
+    """(B, 1, 1, frames): 0 for real keys, -inf for padding; None without lengths. Added to attention scores."""
+    if lengths is None:
+        return None
+    return torch.zeros(len(lengths), 1, 1, frames, device=lengths.device).masked_fill(
+        ~inside(lengths, frames)[:, None, None], -math.inf)
+
+
+class TimeConv(nn.Module):
+    """A convolution over time that keeps the length: replicate padding, (B, T, d) in and out."""
+
+    def __init__(self, width_in, width_out, kernel, dilation=1):
+        super().__init__()
+        self.reach = dilation * (kernel - 1) // 2
+        self.conv = nn.Conv1d(width_in, width_out, kernel, dilation=dilation)
+
+    def forward(self, x, lengths=None):
+        x = hold_last(x, lengths).transpose(1, 2)                       # (B, T, d) -> (B, d, T)
+        x = F.pad(x, (self.reach, self.reach), mode="replicate")
+        return self.conv(x).transpose(1, 2)                             # (B, d, T) -> (B, T, d)
+
+
+# ----------------------------------------------------------------------------------------- shared parts: attention
+
+
+class Attention(nn.Module):
+    """Multi-head attention: softmax(Q K^T / sqrt(d / heads) + bias) V  (Vaswani et al. 2017, section 3.2).
+
+    forward(x, source, bias, cache): x (B, T, d) asks, source (B, S, d) answers (None: x itself); bias broadcasts
+    to (B, heads, T, S). cache: a dict that keeps keys and values between calls, so that generation pays for each
+    frame once; new keys are appended to it.
+    """
+
+    def __init__(self, width, heads, qkv_bias=True):
+        super().__init__()
+        assert width % heads == 0, f"width {width} must be a multiple of the {heads} heads"
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=qkv_bias)
+        self.key = nn.Linear(width, width, bias=qkv_bias)
+        self.value = nn.Linear(width, width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)      # (B, T, d) -> (B, heads, T, d/heads)
+
+    def forward(self, x, source=None, bias=None, cache=None):
+        source = x if source is None else source
+        query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
+        if cache is not None:
+            if "key" in cache:
+                key, value = torch.cat([cache["key"], key], -2), torch.cat([cache["value"], value], -2)
+            cache["key"], cache["value"] = key, value
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])     # (B, heads, T, S)  [scale]
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        answer = scores.softmax(-1) @ value                             # (B, heads, T, d/heads)
+        return self.out(answer.transpose(-3, -2).flatten(-2))           # (B, T, d)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, activation, Linear, frame by frame."""
+
+    def __init__(self, width, hidden, activation):
+        super().__init__(nn.Linear(width, hidden), activation, nn.Linear(hidden, width))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block of stage 1: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, qkv_bias=False)
+        self.feed_forward = FeedForward(width, hidden, nn.GELU(approximate="tanh"))
+
+    def forward(self, x, bias):
+        x = x + self.attention(self.norm1(x), bias=bias)
+        return x + self.feed_forward(self.norm2(x))
+
+
+# ===================================================================== stage 1: the discrete motion prior (section 3.1)
+
+
+class Temporal(nn.Module):
+    """The body that encoder and decoder share: convolution over time, then transformer. (B, T, d) in and out."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.conv = TimeConv(config.width, config.width, kernel=5)
+        self.instance_norm = config.instance_norm
+        self.linear = nn.Linear(config.width, config.width)
+        # [position] no positions are added: frames are ordered by the convolution alone.
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.layers))
+
+    def forward(self, x, lengths=None):
+        x = F.leaky_relu(self.conv(x, lengths), 0.2)
+        if self.instance_norm:                                          # [norm]
+            x = instance_norm(x, lengths)
+        x = self.linear(x)
+        bias = padding_bias(lengths, x.shape[1])
+        for block in self.blocks:
+            x = block(x, bias)
+        return x
+
+
+def instance_norm(x, lengths=None):
+    """InstanceNorm over time, no affine: each channel of each sequence to mean 0, variance 1. x (B, T, d).
+
+    Computed over the real frames only, so that padding changes nothing. A single frame gives zeros.
+    """
+    mask = torch.ones_like(x[..., :1]) if lengths is None else inside(lengths, x.shape[1])[..., None].to(x.dtype)
+    count = mask.sum(1, keepdim=True)                                   # (B, 1, 1)
+    centred = x - (x * mask).sum(1, keepdim=True) / count
+    variance = (centred.square() * mask).sum(1, keepdim=True) / count
+    return centred / (variance + 1e-5).sqrt()
+
+
+class MotionEncoder(nn.Module):
+    """Motion (B, T, V*3) -> code features z_e (B, T, H, c)."""
+
+    def __init__(self, config):
+        super().__init__()
+        assert config.slots * config.code_width == config.width, \
+            f"H * c must equal d: {config.slots} * {config.code_width} is not {config.width}"
+        self.slots = config.slots
+        self.enter = nn.Linear(config.vertices * 3, config.width)
+        self.temporal = Temporal(config)
+
+    def forward(self, motion, lengths=None):
+        x = F.leaky_relu(self.enter(motion), 0.2)                       # (B, T, d)
+        return self.temporal(x, lengths).unflatten(-1, (self.slots, -1))    # (B, T, H, c)
+
+
+class MotionDecoder(nn.Module):
+    """Quantised features z_q (B, T, H, c) -> motion (B, T, V*3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.temporal = Temporal(config)
+        self.leave = nn.Linear(config.width, config.vertices * 3)
+
+    def forward(self, z_q, lengths=None):
+        return self.leave(self.temporal(z_q.flatten(-2), lengths))      # (B, T, H*c = d) -> (B, T, V*3)
+
+
+class Quantiser(nn.Module):
+    """The codebook: N vectors of width c; each feature is replaced by its nearest (section 3.1, equation 2).
+
+    Hand example: the codebook {(0, 0), (1, 1)} and the feature (0.9, 0.6) have squared distances 1.17 and 0.17,
+    so the feature becomes code 1, the vector (1, 1).
+    """
+
+    def __init__(self, codes, code_width, beta):
+        super().__init__()
+        self.beta = beta
+        self.codebook = nn.Parameter(torch.empty(codes, code_width).uniform_(-1 / codes, 1 / codes))
+        self.register_buffer("uses", torch.zeros(codes))                # since the last revival
+
+    def nearest(self, z):
+        """Features (..., c) -> indices (...) int64 of the nearest codes."""
+        z = z.float().flatten(0, -2)                                    # bfloat16 distances would choose wrongly
+        distance = z.square().sum(1, keepdim=True) - 2 * z @ self.codebook.t() + self.codebook.square().sum(1)
+        return distance.argmin(1)
+
+    def forward(self, z_e, lengths=None):
+        """z_e (B, T, H, c) -> z_q (B, T, H, c), indices (B, T, H), loss.
+
+        loss = ||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, as means; sg stops the gradient. The first term
+        moves the codes to the features, the second, beta's, keeps the encoder near its codes.
+        """
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_e = z_e.float()
+            indices = self.nearest(z_e).view(z_e.shape[:-1])            # (B, T, H)
+            z_q = self.codebook[indices]                                # (B, T, H, c)
+            codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
+            commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
+            if self.training:
+                self.uses += torch.bincount(indices.flatten(), minlength=len(self.uses))
+            # Straight-through: forward it is z_q, backward the gradient of z_q goes to z_e unchanged.
+            z_q = z_e + (z_q - z_e).detach()
+        return z_q, indices, codebook_loss + self.beta * commitment_loss
+
+    @torch.no_grad()
+    def revive(self, z_e, everything=False):
+        """[start] Set the codes unused since the last call to random features of this batch; returns how many.
+
+        everything=True sets all codes: the data-driven start. z_e (B, T, H, c).
+        """
+        dead = torch.ones_like(self.uses, dtype=torch.bool) if everything else self.uses == 0
+        features = z_e.detach().float().flatten(0, -2)                  # (B*T*H, c)
+        count = int(dead.sum())
+        chosen = torch.randint(len(features), (count,), device=features.device)
+        jitter = 0.01 * features.std() * torch.randn(count, features.shape[1], device=features.device)
+        self.codebook[dead] = features[chosen] + jitter
+        self.uses.zero_()
+        return count
+
+
+class MotionAutoencoder(nn.Module):
+    """Stage 1 as a whole: motion -> codes -> motion. Motion is (vertices - template) / scale, (B, T, V*3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = MotionEncoder(config)
+        self.quantiser = Quantiser(config.codes, config.code_width, config.beta)
+        self.decoder = MotionDecoder(config)
+
+    def forward(self, motion, lengths=None):
+        """Returns reconstruction (B, T, V*3), indices (B, T, H) and the losses {"motion", "vq"}.
+
+        The loss of stage 1 is their sum: L1(M_hat, M) + the quantiser's two terms (equation 3).
+        """
+        assert motion.shape[-1] == self.config.vertices * 3, \
+            f"motion of {self.config.vertices} vertices expected, found {motion.shape[-1]} channels"
+        z_q, indices, vq_loss = self.quantiser(self.encoder(motion, lengths), lengths)
+        reconstruction = self.decoder(z_q, lengths)
+        error = reconstruction - motion
+        motion_loss = masked_mean(error.abs(), lengths)
+        if self.config.squared:                                         # [loss]
+            motion_loss = motion_loss + masked_mean(error.square(), lengths)
+        return reconstruction, indices, {"motion": motion_loss, "vq": vq_loss}
+
+    @torch.no_grad()
+    def start_from(self, motion):
+        """[start] Set the first and the last layer and the codebook from real motion (B, T, V*3).
+
+        A face has thousands of coordinates and a dozen muscles: both layers start from random mixtures of motion's
+        principal components instead of random coordinates.
+        """
+        flat, width = motion.flatten(0, 1), self.config.width           # (B*T, V*3)
+        _, size, directions = torch.svd_lowrank(flat, q=min(width // 2, *flat.shape))   # (k,), (V*3, k)
+        size = size / len(flat) ** 0.5                                  # standard deviation of each component
+        mix, _ = torch.linalg.qr(torch.randn(width, len(size), device=motion.device))   # (d, k), orthonormal
+        self.encoder.enter.weight.copy_(mix @ directions.t() * len(size[:14]) ** 0.5 / size.norm())
+        self.decoder.leave.weight.copy_(directions @ torch.randn_like(mix).t() * size.norm() / (width * len(size)) ** 0.5)
+        self.encoder.enter.bias.zero_()
+        self.decoder.leave.bias.zero_()
+        self.quantiser.revive(self.encoder(motion), everything=True)
+
+    def encode(self, motion, lengths=None):
+        """Motion (B, T, V*3) -> codes (B, T, H) int64."""
+        z_e = self.encoder(motion, lengths)
+        return self.quantiser.nearest(z_e).view(z_e.shape[:-1])
+
+    def decode(self, indices, lengths=None):
+        """Codes (B, T, H) -> motion (B, T, V*3)."""
+        return self.decoder(self.quantiser.codebook[indices], lengths)
+
+
+# ================================================================================= audio: the front end and the encoder
+
+SAMPLE_RATE = 16_000                # Hz
+WINDOW = 400                        # samples, 25 ms: long enough to resolve formants, short enough for a burst
+FFT = 512                           # samples; the window is zero-padded to it
+STEPS_PER_FRAME = 4                 # audio steps per motion frame: 120 Hz at 30 fps
+MEL_LOW, MEL_HIGH = 60.0, 7600.0    # Hz; below is hum, above many recordings hold nothing
+
+
+def mel_filterbank(bands):
+    """(FFT/2 + 1, bands): triangles, evenly spaced on the mel scale m = 2595 log10(1 + f/700) (O'Shaughnessy 1987)."""
+    low, high = (2595 * math.log10(1 + f / 700) for f in (MEL_LOW, MEL_HIGH))
+    edges = 700 * (10 ** (torch.linspace(low, high, bands + 2) / 2595) - 1)     # Hz; each band: left, peak, right
+    frequency = torch.linspace(0, SAMPLE_RATE / 2, FFT // 2 + 1)[:, None]
+    rising = (frequency - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequency) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def log_mel(audio, fps, frames, bands):
+    """What the ear gets: the log energy in mel bands, STEPS_PER_FRAME steps to a motion frame.
+
+    audio (samples,) float in [-1, 1] at 16 kHz -> (frames * STEPS_PER_FRAME, bands) float32. The steps are placed
+    on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
+    looks at the window centred on (s + 1/2) / (fps * STEPS_PER_FRAME) seconds.
+
+    Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
+    lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count.
+    """
+    steps = frames * STEPS_PER_FRAME
+    centre = ((torch.arange(steps) + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
+    needed = int(centre[-1]) + WINDOW
+    audio = F.pad(audio.float(), (WINDOW // 2, max(0, needed - len(audio))))
+    window = torch.hann_window(WINDOW, periodic=False)
+    spectrum = torch.fft.rfft(audio[centre[:, None] + torch.arange(WINDOW)] * window, FFT)     # (steps, FFT/2 + 1)
+    energy = spectrum.abs().square() @ mel_filterbank(bands)                                   # (steps, bands)
+    loudness = energy.sum(1)
+    near = round(0.2 * fps * STEPS_PER_FRAME)                           # steps in 200 ms
+    loud = (loudness >= 1e-3 * loudness.max()).float()
+    speech = F.max_pool1d(loud[None, None], 2 * near + 1, stride=1, padding=near)[0, 0] > 0     # (steps,)
+    mel = energy.clamp(min=max(1e-8 * float(energy.max()), 1e-10)).log10()  # digital silence is -80 dB, not -inf
+    return mel - mel[speech].mean(0)
+
+
+def other_voice(mel):
+    """Training only: each sequence as from another vocal tract, its mel axis stretched and shifted a little at random.
+
+    mel (B, S, bands), the same out. A longer tract lowers all formants by one factor (Fant 1960), on the mel scale
+    nearly a shift; so a few speakers stand for many (vocal-tract length perturbation, Jaitly and Hinton 2013).
+    """
+    batch, steps, bands = mel.shape
+    stretch, shift = 1 + 0.08 * torch.randn(batch, 1), bands / 53 * torch.randn(batch, 1)
+    position = (torch.arange(bands) * stretch + shift).clamp(0, bands - 1.001).to(mel.device)       # (B, bands)
+    below = position.floor().long()[:, None].expand(-1, steps, -1)
+    share = position.frac()[:, None]
+    return mel.gather(2, below) * (1 - share) + mel.gather(2, below + 1) * share
+
+
+class AudioEncoder(nn.Module):
+    """[audio] Log-mel steps (B, T * STEPS_PER_FRAME, bands) -> one feature per frame (B, T, d).
+
+    Two convolutions at the audio's rate hear bursts and formant movements; one strided convolution comes down to
+    the frame rate; residual convolutions with doubling dilation then look half a second to either side.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.enter = TimeConv(config.mel_bands, width, kernel=5)
+        self.listen = TimeConv(width, width, kernel=5)
+        self.to_frames = nn.Linear(STEPS_PER_FRAME * width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.audio_layers))
+        self.convs = nn.ModuleList(TimeConv(width, width, kernel=3, dilation=2 ** i)
+                                   for i in range(config.audio_layers))
+        self.mixes = nn.ModuleList(nn.Linear(width, width) for _ in range(config.audio_layers))
+        self.dropout = nn.Dropout(config.dropout)
+        self.leave = nn.LayerNorm(width)
+
+    def forward(self, mel, lengths=None):
+        assert mel.shape[1] % STEPS_PER_FRAME == 0, \
+            f"{STEPS_PER_FRAME} audio steps to a frame expected, found {mel.shape[1]} steps"
+        steps = None if lengths is None else lengths * STEPS_PER_FRAME
+        x = F.gelu(self.enter(mel, steps))                              # (B, S, d)
+        x = F.gelu(self.listen(x, steps))
+        x = x.unflatten(1, (-1, STEPS_PER_FRAME)).flatten(2)            # (B, S, d) -> (B, T, STEPS_PER_FRAME * d)
+        x = self.to_frames(self.dropout(x))                             # (B, T, d)
+        for norm, conv, mix in zip(self.norms, self.convs, self.mixes):
+            x = x + self.dropout(mix(F.gelu(conv(norm(x), lengths))))
+        return self.leave(x)
+
+
+# ========================================================================= stage 2: speech-driven code query (section 3.2)
+
+
+def periodic_positions(first, frames, period, width):
+    """Sinusoids that repeat every `period` frames, so that no length is ever out of range (FaceFormer, section 3.2).
+
+    Rows first .. first + frames - 1 of the endless table, (frames, width) float32:
+    P[t, 2i] = sin((t mod period) / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
+    """
+    position = (torch.arange(first, first + frames) % period)[:, None]
+    angle = position / 10_000 ** (torch.arange(0, width, 2) / width)    # (frames, width / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)       # sine and cosine interleaved
+
+
+def causal_bias(frames, period, heads):
+    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i.
+
+    The last period is seen as it is, each one before it a little fainter; the slopes 4^-(h+1) for h = 0, 1, ...
+    give every head its own memory (FaceFormer, equation 5, after Press et al. 2022).
+    """
+    back = torch.arange(frames)[:, None] - torch.arange(frames)[None]   # i - j
+    slope = 4.0 ** -torch.arange(1, heads + 1)
+    bias = -slope[:, None, None] * torch.div(back, period, rounding_mode="floor")
+    return bias.masked_fill(back < 0, -math.inf)
+
+
+class DecoderLayer(nn.Module):
+    """A post-norm transformer decoder layer: causal self-attention, frame-aligned cross-attention, feed-forward."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.self_attention = Attention(width, config.heads)
+        self.cross_attention = Attention(width, config.heads)
+        self.feed_forward = FeedForward(width, 2 * width, nn.ReLU())
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, audio, bias, cache=None):
+        """x (B, T, d); audio (B, T, k, d): the k audio steps of each frame; bias (heads, T, past and present)."""
+        x = self.norm1(x + self.dropout(self.self_attention(x, bias=bias, cache=cache)))
+        # Frame t looks at its own k audio steps and at no others: each frame is a little attention of its own,
+        # one query over k keys, and the mask of the paper (equation 6) need not be built.
+        own = self.cross_attention(x.unsqueeze(2), audio).squeeze(2)    # (B, T, 1, d) over (B, T, k, d) -> (B, T, d)
+        x = self.norm2(x + self.dropout(own))
+        return self.norm3(x + self.dropout(self.feed_forward(x)))
+
+
+OWN_PASSES = 2                      # how often the model answers itself to make up its own history
+
+
+class CodeTalker(nn.Module):
+    """Stage 2: an autoregressive transformer that asks the frozen codebook of stage 1 for the next frame."""
+
+    def __init__(self, config, autoencoder):
+        super().__init__()
+        self.config, self.autoencoder = config, autoencoder.requires_grad_(False).eval()
+        features = autoencoder.config.width                             # H * c
+        self.audio_encoder = AudioEncoder(config)
+        self.history = nn.Linear(features, config.width)
+        self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.query = nn.Linear(config.width, features, bias=False)
+        nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
+        self.dropout = nn.Dropout(config.dropout)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.autoencoder.eval()                                         # stage 1 stays as it is
+        return self
+
+    def embed(self, past, style, first=0):
+        """The transformer's input for frames first, first + 1, ...: history + style + periodic position.
+
+        past (B, T, H*c): the quantised features of the frame before each; style (B, K) weights of the training
+        subjects' styles (one-hot, or a mix that sums to 1). Frame 0 has no past and is fed style alone.
+        """
+        x = self.history(past)                                          # [history]
+        if first == 0:
+            x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
+        position = periodic_positions(first, past.shape[1], self.config.period, self.config.width)
+        return self.dropout(x + (style @ self.style)[:, None] + position.to(x))
+
+    def answer(self, fed, style, audio):
+        """What the transformer says to a whole history at once: codes fed (B, T, H), of which frame t sees those before,
+        style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
+        past = self.autoencoder.quantiser.codebook[fed].flatten(2).roll(1, dims=1)      # (B, T, H*c), the predecessors
+        x = self.embed(past, style)
+        bias = causal_bias(x.shape[1], self.config.period, self.config.heads).to(x.device)
+        for layer in self.layers:
+            x = layer(x, audio, bias)
+        return self.query(x).unflatten(-1, (fed.shape[2], -1))          # (B, T, H*c) -> (B, T, H, c)
+
+    def forward(self, mel, style, codes, motion, lengths=None, own=0.0):
+        """All frames are answered at once, given a history; returns z_hat (B, T, H, c) and the losses.
+
+        mel (B, T * STEPS_PER_FRAME, bands), style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
+        own: share of the history's frames that are the model's own answers instead of the truth [own].
+        The losses are {"motion", "feature"}; the loss of stage 2 is their sum (equations 8 and 9),
+        MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
+        """
+        assert mel.shape[1] == codes.shape[1] * STEPS_PER_FRAME, \
+            f"{codes.shape[1]} frames need {codes.shape[1] * STEPS_PER_FRAME} audio steps, found {mel.shape[1]}"
+        quantiser = self.autoencoder.quantiser
+        audio = self.audio_encoder(mel, lengths).unsqueeze(2)           # (B, T, 1, d): one step a frame
+        fed = codes
+        if own > 0:
+            # The model's own history, all frames at once: answer a history of random codes, then answer that answer.
+            # Nothing of the truth leaks into it; a frame-by-frame loop would take T passes instead of two.
+            with torch.no_grad():
+                said = torch.randint_like(codes, len(quantiser.codebook))
+                for _ in range(OWN_PASSES):
+                    said = quantiser.nearest(self.answer(said, style, audio)).view(codes.shape)
+            is_own = torch.rand(codes.shape[:2], device=codes.device)[..., None] < own      # (B, T, 1)
+            fed = torch.where(is_own, said, codes)
+        z_hat = self.answer(fed, style, audio)
+        z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
+        target = quantiser.codebook[codes]                              # the codebook is frozen, so this is sg(z_q)
+        return z_hat, {"motion": masked_mean((self.autoencoder.decoder(z_q, lengths) - motion).square(), lengths),
+                       "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
+
+    @torch.no_grad()
+    def generate(self, mel, style, lengths=None):
+        """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
+        sequence changes nothing before its end.
+
+        mel (B, T * STEPS_PER_FRAME, bands), style (B, K) -> motion (B, T, V*3), codes (B, T, H).
+        """
+        assert not self.training, "generation is for evaluation: call model.eval() first"
+        quantiser, stage1 = self.autoencoder.quantiser, self.autoencoder.config
+        audio = self.audio_encoder(mel, lengths).unsqueeze(2)           # (B, T, 1, d)
+        frames = audio.shape[1]
+        bias = causal_bias(frames, self.config.period, self.config.heads).to(mel.device)
+        caches = [{} for _ in self.layers]                              # keys and values of the frames so far
+        past = torch.zeros(len(mel), 1, stage1.width, device=mel.device)
+        codes = torch.empty(len(mel), frames, stage1.slots, dtype=torch.long, device=mel.device)
+        for t in range(frames):
+            x = self.embed(past, style, first=t)                        # (B, 1, d)
+            for layer, cache in zip(self.layers, caches):
+                x = layer(x, audio[:, t:t + 1], bias[:, t:t + 1, :t + 1], cache)
+            z_hat = self.query(x).view(len(mel), stage1.slots, -1)      # (B, H, c)
+            codes[:, t] = quantiser.nearest(z_hat).view(len(mel), -1)
+            past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]  # (B, 1, H*c)
+        return self.autoencoder.decode(codes, lengths), codes
+
+
+# ================================================================================================== checkpoints
+
+
+def save(path, model, **rest):
+    """Write a checkpoint, whole or not at all: configuration, weights, and what else the caller needs to resume."""
+    state = {"stage": "ar" if isinstance(model, CodeTalker) else "vq", "weights": model.state_dict(), **rest}
+    state["vq_config"] = asdict(model.autoencoder.config if state["stage"] == "ar" else model.config)
+    if state["stage"] == "ar":
+        state["ar_config"] = asdict(model.config)
+    torch.save(state, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load(path, stage, device="cpu"):
+    """Read a checkpoint of stage "vq" or "ar"; returns the model in eval mode and the checkpoint's dict.
+
+    Raises ValueError, in one line, when the file is missing, is no checkpoint, or is one of the other stage.
+    """
+    command = f"python train_{stage}.py"
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such checkpoint; run `{command}` first, or name another")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = state["stage"]
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of this project ({type(error).__name__}); "
+                         f"`{command}` writes one") from None
+    if found != stage:
+        raise ValueError(f"{path}: a checkpoint of train_{stage}.py expected, found one of train_{found}.py")
+    model = MotionAutoencoder(VQConfig(**state["vq_config"]))
+    if stage == "ar":
+        model = CodeTalker(ARConfig(**state["ar_config"]), model)
+    model.load_state_dict(state["weights"])
+    return model.to(device).eval(), state

@@ -1,0 +1,111 @@
+"""Stage 1: learn the dictionary of facial motion.
+
+    python train_vq.py                              the built-in speakers, about two minutes on a laptop
+    python train_vq.py --data FOLDER --out runs/my_vq
+
+Writes best.pt (best on the validation split), last.pt (to resume from), figures.json and loss.png into --out.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from codetalker import MotionAutoencoder, VQConfig, load, save
+from data import batch_of, cannot, clock, evaluate_reconstruction, open_data, random_crops, write_figures
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
+parser.add_argument("--out", default="runs/vq", help="folder for the results (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=700, help="training steps (default: %(default)s)")
+parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (default: %(default)s)")
+parser.add_argument("--window", type=int, default=48, help="frames in a training sequence (default: %(default)s)")
+parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
+parser.add_argument("--halve-every", type=int, default=150, help="steps after which the rate halves (default: %(default)s)")
+parser.add_argument("--codes", type=int, default=256, help="N, codes in the codebook (default: %(default)s)")
+parser.add_argument("--revive-every", type=int, default=25, help="steps between revivals of dead codes (default: %(default)s)")
+parser.add_argument("--eval-every", type=int, default=175, help="steps between evaluations (default: %(default)s)")
+parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
+
+
+def main(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    data, out = open_data(args.data), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    if args.resume:
+        model, state = load(out / "last.pt", "vq", device)
+    else:
+        model, state = MotionAutoencoder(VQConfig(data.channels // 3, codes=args.codes)).to(device), None
+        some = random_crops(data.splits["train"], args.window, 128)
+        model.start_from(torch.stack([data.motion(*crop) for crop in some if crop[2] - crop[1] == args.window]).to(device))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate)
+    step, best, rows = 0, -float("inf"), []
+    if state:
+        data.check(state)
+        optimiser.load_state_dict(state["optimiser"])
+        step, best, rows = state["step"], state["best"], state["rows"]
+        torch.set_rng_state(state["random"].cpu())
+    print(f"stage 1 on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
+
+    start, first = time.time(), step
+    while step < args.steps:
+        # 1. the rate: a short warm-up, then halved at fixed steps (as the paper's schedule, in steps)
+        rate = args.rate * min(1, (step + 1) / 20) * 0.5 ** (step // args.halve_every)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+
+        # 2. a batch of random stretches of real motion
+        motion, lengths = batch_of([data.motion(*crop) for crop in
+                                    random_crops(data.splits["train"], args.window, args.batch)])
+        motion, lengths = motion.to(device), lengths.to(device) if lengths.min() < motion.shape[1] else None
+
+        # 3. the codebook: codes that nothing has chosen lately start again from what the encoder says now [start]
+        model.train()
+        if step % args.revive_every == 0 and step > 0:
+            with torch.no_grad():
+                model.quantiser.revive(model.encoder(motion, lengths))
+
+        # 4. forward, backward, step
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            _, indices, losses = model(motion, lengths)
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+
+        # 5. log
+        if step % args.log_every == 0 or step == args.steps:
+            rows.append({"step": step} | {name: loss.item() for name, loss in losses.items()})
+            print(f"step {step:5d}  rec {losses['motion']:.4f}  vq {losses['vq']:.4f}  "
+                  f"codes {len(indices.unique()):3d}/{args.codes}  {clock(start, step - first, args.steps - first)}", flush=True)
+
+        # 6. evaluate on whole unseen sentences, keep the best, save
+        if step % args.eval_every == 0 or step == args.steps:
+            figures = evaluate_reconstruction(model, data, "val")
+            print(f"   validation  R2 {figures['r2']:.4f}  lip gap r {figures['gap_correlation']:.4f}  "
+                  f"codes {figures['codes_used']}/{args.codes}  perplexity {figures['perplexity']:.1f}", flush=True)
+            rows[-1] |= {"validation": figures}
+            state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": max(best, figures["r2"]),
+                     "random": torch.get_rng_state(), **data.identity()}
+            if figures["r2"] > best:
+                best = figures["r2"]
+                save(out / "best.pt", model, **state)
+            save(out / "last.pt", model, **state)
+
+    model, _ = load(out / "best.pt", "vq", device)
+    figures = evaluate_reconstruction(model, data, "test")
+    write_figures(out, rows, figures, args, ("motion", "vq"))
+    print(f"test split  R2 {figures['r2']:.4f}  lip gap r {figures['gap_correlation']:.4f}  "
+          f"codes {figures['codes_used']}/{args.codes}  perplexity {figures['perplexity']:.1f}  "
+          f"-> {out}/best.pt ({time.time() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    with cannot():
+        main(parser.parse_args())
