@@ -338,7 +338,7 @@ class MotionAutoencoder(nn.Module):
         _, size, directions = torch.svd_lowrank(flat, q=min(width // 2, *flat.shape))   # (k,), (V*3, k)
         size = size / len(flat) ** 0.5                                  # standard deviation of each component
         mix, _ = torch.linalg.qr(torch.randn(width, len(size), device=motion.device))   # (d, k), orthonormal
-        self.encoder.enter.weight.copy_(mix @ directions.t() * len(size[:14]) ** 0.5 / size.norm())
+        self.encoder.enter.weight.copy_(mix @ directions.t() * len(size) ** 0.5 / size.norm())
         self.decoder.leave.weight.copy_(directions @ torch.randn_like(mix).t() * size.norm() / (width * len(size)) ** 0.5)
         self.encoder.enter.bias.zero_()
         self.decoder.leave.bias.zero_()
@@ -493,9 +493,6 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
-OWN_PASSES = 2                      # how often the model answers itself to make up its own history
-
-
 class CodeTalker(nn.Module):
     """Stage 2: an autoregressive transformer that asks the frozen codebook of stage 1 for the next frame."""
 
@@ -552,12 +549,11 @@ class CodeTalker(nn.Module):
         audio = self.audio_encoder(mel, lengths).unsqueeze(2)           # (B, T, 1, d): one step a frame
         fed = codes
         if own > 0:
-            # The model's own history, all frames at once: answer a history of random codes, then answer that answer.
-            # Nothing of the truth leaks into it; a frame-by-frame loop would take T passes instead of two.
+            # The model's own history, all frames at once: what it says when told a history of random codes. Nothing
+            # of the truth leaks into it; the frame-by-frame history would take T passes instead of one.
             with torch.no_grad():
-                said = torch.randint_like(codes, len(quantiser.codebook))
-                for _ in range(OWN_PASSES):
-                    said = quantiser.nearest(self.answer(said, style, audio)).view(codes.shape)
+                random_codes = torch.randint_like(codes, len(quantiser.codebook))
+                said = quantiser.nearest(self.answer(random_codes, style, audio)).view(codes.shape)
             is_own = torch.rand(codes.shape[:2], device=codes.device)[..., None] < own      # (B, T, 1)
             fed = torch.where(is_own, said, codes)
         z_hat = self.answer(fed, style, audio)

@@ -20,14 +20,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (default: %(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=900, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=1100, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (default: %(default)s)")
 parser.add_argument("--window", type=int, default=80, help="frames in a training sequence (default: %(default)s)")
 parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
-parser.add_argument("--halve-every", type=int, default=250, help="steps after which the rate halves (default: %(default)s)")
-parser.add_argument("--own", type=float, default=0.8,
+parser.add_argument("--halve-every", type=int, default=220, help="steps after which the rate halves (default: %(default)s)")
+parser.add_argument("--own", type=float, default=0.9,
                     help="share of the history that is the model's own answers, 0 = teacher forcing (default: %(default)s)")
-parser.add_argument("--eval-every", type=int, default=150, help="steps between evaluations (default: %(default)s)")
+parser.add_argument("--eval-every", type=int, default=275, help="steps between evaluations (default: %(default)s)")
 parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")

@@ -1,0 +1,365 @@
+"""The model against independent oracles: loops, torch's own layers, hand-worked examples."""
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import codetalker as ct
+from codetalker import STEPS_PER_FRAME as STEPS
+
+LENGTHS = torch.tensor([9, 4, 1])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def stage1(**changes):
+    model = ct.MotionAutoencoder(ct.VQConfig(vertices=5, width=16, heads=2, hidden=24, slots=4, code_width=4,
+                                             codes=32, **changes))
+    nn.init.normal_(model.quantiser.codebook, std=0.3)
+    return model.eval()
+
+
+def stage2(**changes):
+    config = ct.ARConfig(styles=3, fps=30, period=4, width=16, heads=2, mel_bands=6, audio_layers=2)
+    model = ct.CodeTalker(config, stage1(**changes))
+    nn.init.normal_(model.query.weight)             # it starts from zero, which would say the same in every frame
+    return model.eval()
+
+
+def speech(batch=3, frames=9):
+    """Random log-mel steps, one-hot styles, motion for stage2()."""
+    return torch.randn(batch, frames * STEPS, 6), torch.eye(3)[:batch], torch.randn(batch, frames, 15)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- shared parts
+
+
+def test_hold_last_repeats_the_last_real_frame():
+    x = torch.tensor([[1., 2, 3, 4], [5, 6, 7, 8]])[..., None]
+    assert ct.hold_last(x, torch.tensor([4, 2]))[..., 0].tolist() == [[1, 2, 3, 4], [5, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("kernel, dilation", [(5, 1), (3, 4)])
+def test_time_conv_is_conv1d_and_ignores_padding(kernel, dilation):
+    ours, x = ct.TimeConv(3, 7, kernel, dilation), torch.randn(3, 9, 3)
+    oracle = nn.Conv1d(3, 7, kernel, dilation=dilation, padding="same", padding_mode="replicate")
+    oracle.load_state_dict(ours.conv.state_dict())
+    together = ours(x, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        close(together[row, :length], oracle(x[row:row + 1, :length].transpose(1, 2))[0].t())
+
+
+def test_attention_is_torch_multihead_attention():
+    ours, oracle = ct.Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    parts = (ours.query, ours.key, ours.value)
+    oracle.load_state_dict({"in_proj_weight": torch.cat([part.weight for part in parts]),
+                            "in_proj_bias": torch.cat([part.bias for part in parts]),
+                            "out_proj.weight": ours.out.weight, "out_proj.bias": ours.out.bias})
+    x, source, bias = torch.randn(2, 5, 16), torch.randn(2, 7, 16), torch.randn(2, 4, 5, 7)
+    bias[0, :, :, 4:] = -math.inf
+    close(ours(x, source, bias), oracle(x, source, source, attn_mask=bias.flatten(0, 1))[0])
+
+
+def test_attention_frame_by_frame_with_a_cache_is_attention_at_once():
+    attention, x, cache = ct.Attention(16, 4), torch.randn(2, 6, 16), {}
+    bias = ct.causal_bias(6, 2, 4)
+    steps = [attention(x[:, t:t + 1], bias=bias[:, t:t + 1, :t + 1], cache=cache) for t in range(6)]
+    close(torch.cat(steps, 1), attention(x, bias=bias))
+
+
+def test_instance_norm_is_torch_instance_norm_on_the_real_frames():
+    x = 3 + 2 * torch.randn(3, 9, 4)
+    close(ct.instance_norm(x), nn.InstanceNorm1d(4)(x.transpose(1, 2)).transpose(1, 2))
+    masked = ct.instance_norm(x, LENGTHS)
+    close(masked[1, :4], nn.InstanceNorm1d(4)(x[1:2, :4].transpose(1, 2))[0].t())
+    close(masked[2, 0], torch.zeros(4))
+
+
+# ------------------------------------------------------------------------------------------------------------ stage 1
+
+
+def test_nearest_code_by_hand_and_by_loop():
+    """Codebook (0, 0), (1, 1); feature (0.9, 0.6): squared distances 1.17 and 0.17, so code 1."""
+    quantiser = ct.Quantiser(2, 2, 0.25)
+    quantiser.codebook.data = torch.tensor([[0., 0], [1, 1]])
+    assert quantiser.nearest(torch.tensor([[0.9, 0.6], [0.4, 0.5]])).tolist() == [1, 0]
+    quantiser, z = ct.Quantiser(40, 3, 0.25), torch.randn(2, 5, 4, 3)
+    nn.init.normal_(quantiser.codebook)
+    loop = [min(range(40), key=lambda n: (feature - quantiser.codebook[n]).square().sum().item())
+            for feature in z.reshape(-1, 3)]
+    z_q, indices, _ = quantiser(z)
+    assert indices.flatten().tolist() == loop
+    close(z_q, quantiser.codebook[loop].view(z.shape))
+
+
+def test_gradient_goes_straight_through_the_quantiser():
+    """Whatever the decoder wants of z_q, the encoder is told of z_e: d(sum(w * z_q)) / d(z_e) = w."""
+    quantiser, z, w = ct.Quantiser(8, 4, 0.25), torch.randn(1, 3, 2, 4, requires_grad=True), torch.randn(1, 3, 2, 4)
+    (quantiser(z)[0] * w).sum().backward()
+    close(z.grad, w)
+    assert quantiser.codebook.grad is None or not quantiser.codebook.grad.any()
+
+
+@pytest.mark.parametrize("beta", [0.25, 2.0])
+def test_codebook_term_moves_codes_and_beta_only_the_encoder(beta):
+    """One feature 3 and one code 1 (c = 1): loss = (3 - 1)^2 + beta (3 - 1)^2. The code is pulled by the first term
+    alone, d/dcode = 2 (1 - 3) = -4; the feature by the second alone, d/dfeature = beta * 2 (3 - 1) = 4 beta."""
+    quantiser, z = ct.Quantiser(1, 1, beta), torch.full((1, 1, 1, 1), 3.0, requires_grad=True)
+    nn.init.ones_(quantiser.codebook)
+    loss = quantiser(z)[2]
+    loss.backward()
+    assert (loss.item(), quantiser.codebook.grad.item(), z.grad.item()) == (4 + 4 * beta, -4, 4 * beta)
+
+
+def test_revive_restarts_only_unused_codes_near_features():
+    quantiser, z = ct.Quantiser(6, 4, 0.25), torch.randn(1, 8, 2, 4)
+    nn.init.normal_(quantiser.codebook)
+    quantiser.codebook.data[[1, 4]] += 100                              # nothing is near these
+    quantiser.train()(torch.cat([quantiser.codebook[[0, 2, 3, 5]].view(1, 2, 2, 4)] * 2, 1).detach())
+    before = quantiser.codebook.detach().clone()
+    assert quantiser.revive(z) == 2
+    kept = torch.tensor([0, 2, 3, 5])
+    assert torch.equal(quantiser.codebook[kept], before[kept])
+    assert torch.cdist(quantiser.codebook[[1, 4]], z.view(-1, 4)).min(1).values.max() < 0.2
+    assert quantiser.revive(z) == 6                                     # the count has started again
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_stage1_loss_is_l1_and_squared_over_real_frames(squared):
+    model, motion = stage1(squared=squared), torch.randn(3, 9, 15)
+    made, _, losses = model(motion, LENGTHS)
+    errors = [(made[b, t, i] - motion[b, t, i]).item() for b in range(3) for t in range(LENGTHS[b]) for i in range(15)]
+    expected = np.mean(np.abs(errors)) + squared * np.mean(np.square(errors))
+    assert losses["motion"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_start_from_leaves_codes_that_the_encoder_says():
+    model = stage1()
+    motion = torch.randn(8, 9, 3) @ torch.randn(3, 15)                  # three muscles
+    model.start_from(motion)
+    said = model.encoder(motion).flatten(0, 2)
+    assert torch.cdist(model.quantiser.codebook, said).min(1).values.max() < 0.2 * said.std()
+
+
+@pytest.mark.parametrize("instance_norm", [False, True])
+def test_a_batch_with_lengths_equals_single_sequences(instance_norm):
+    model = stage2(instance_norm=instance_norm)
+    mel, style, motion = speech()
+    codes = model.autoencoder.encode(motion, LENGTHS)
+    decoded = model.autoencoder.decode(codes, LENGTHS)
+    made, chosen = model.generate(mel, style, LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        one = slice(row, row + 1)
+        alone = model.autoencoder.encode(motion[one, :length])
+        assert torch.equal(alone[0], codes[row, :length])
+        close(model.autoencoder.decode(alone)[0], decoded[row, :length])
+        motion_alone, codes_alone = model.generate(mel[one, :length * STEPS], style[one])
+        assert torch.equal(codes_alone[0], chosen[row, :length])
+        close(motion_alone[0], made[row, :length])
+
+
+# -------------------------------------------------------------------------------------------------------------- audio
+
+
+def test_mel_filterbank_by_hand():
+    """One band from 60 to 7600 Hz: 92.8 and 2787 mel, the peak at their mean, 1440 mel = 1812 Hz. Bins are
+    31.25 Hz apart: bin 32 is 1000 Hz, (1000 - 60) / (1812 - 60) = 0.537; bin 128 is 4000 Hz, 3600 / 5788 = 0.622."""
+    bank = ct.mel_filterbank(1)
+    assert bank.shape == (257, 1)
+    assert bank[[1, 32, 58, 128, 244], 0].tolist() == pytest.approx([0, 0.537, 1, 0.622, 0], abs=1e-3)
+
+
+def test_a_tone_is_loudest_in_the_band_nearest_to_it():
+    low, high = 2595 * np.log10(1 + np.array([60, 7600]) / 700)
+    time = torch.arange(16_000) / 16_000
+    tones = [300, 1000, 2300, 5500]
+    mel = ct.log_mel(torch.cat([torch.sin(2 * torch.pi * tone * time) for tone in tones]), 30, 120, 24)
+    for second, tone in enumerate(tones):
+        nearest = round((2595 * np.log10(1 + tone / 700) - low) / (high - low) * 25) - 1
+        assert mel[second * 30 * STEPS + 20:(second + 1) * 30 * STEPS - 20].mean(0).argmax() == nearest
+
+
+@pytest.mark.parametrize("fps", [25, 30, 60])
+def test_a_click_is_heard_in_its_own_step(fps):
+    """Step s covers s / (4 fps) .. (s + 1) / (4 fps) seconds, and is the first of its frame if s is 0, 4, 8 ..."""
+    for click in (0.0531, 1.0011, 1.7389):
+        audio = torch.zeros(2 * 16_000)
+        audio[round(click * 16_000)] = 0.9
+        mel = ct.log_mel(audio, fps, 2 * fps, 16)
+        assert mel.shape == (2 * fps * STEPS, 16)
+        assert mel.sum(1).argmax() == math.floor(click * fps * STEPS)
+
+
+def test_log_mel_ignores_gain_and_a_constant_filter():
+    audio = 0.1 * torch.randn(16_000) * (1 + torch.sin(torch.arange(16_000) / 900)).add(0.2)
+    mel = ct.log_mel(audio, 30, 30, 24)
+    close(ct.log_mel(0.1 * audio, 30, 30, 24), mel, 1e-3)
+    darker = audio + 0.7 * F.pad(audio, (1, 0))[:-1]                    # 15 dB between low and high bands
+    assert (ct.log_mel(darker, 30, 30, 24) - mel).abs().mean() < 0.03   # log10; 1.5 is the filter's own effect
+    assert mel.std() > 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------ stage 2
+
+
+def test_periodic_positions_by_loop():
+    table = ct.periodic_positions(2, 9, 5, 6)
+    for row, t in enumerate(range(2, 11)):
+        for i in range(3):
+            angle = (t % 5) / 10_000 ** (2 * i / 6)
+            assert table[row, [2 * i, 2 * i + 1]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
+    assert torch.equal(table[:4], table[5:])
+
+
+def test_causal_bias_by_loop():
+    """FaceFormer, equation 5, with ALiBi's slopes 2^(-8 h / heads), h = 1 .. heads; for four heads 1/4, 1/16 ..."""
+    bias = ct.causal_bias(11, 4, 4)
+    for head in range(4):
+        slope = 2 ** (-8 * (head + 1) / 4)
+        for i in range(11):
+            for j in range(11):
+                assert bias[head, i, j].item() == (-slope * ((i - j) // 4) if j <= i else -math.inf)
+
+
+def test_cross_attention_is_the_paper_s_aligned_mask():
+    """Frame t may look at audio steps k t .. k t + k - 1 (equation 6): torch's attention with that mask built."""
+    layer = stage2().layers[0]
+    x, audio = torch.randn(2, 6, 16), torch.randn(2, 6, 3, 16)
+    mask = torch.kron(torch.eye(6), torch.ones(1, 3)).bool()
+    cross = layer.cross_attention
+    heads = [cross.split(part(y)) for part, y in ((cross.query, x), (cross.key, audio.flatten(1, 2)),
+                                                  (cross.value, audio.flatten(1, 2)))]
+    oracle = cross.out(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
+    close(cross(x.unsqueeze(2), audio).squeeze(2), oracle)
+    bias = ct.causal_bias(6, 4, 2)
+    changed = audio.clone()
+    changed[:, 4] += 1
+    moved = (layer(x, changed, bias) - layer(x, audio, bias)).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 4 + [True, False]
+
+
+def test_the_future_does_not_leak():
+    """Frame t is fed the codes before it: other codes from frame 5 on leave the answers 0 .. 5, and change the rest."""
+    model, (mel, style, motion) = stage2(), speech()
+    audio = model.audio_encoder(mel).unsqueeze(2)
+    codes = model.autoencoder.encode(motion)
+    other = torch.cat([codes[:, :5], (codes[:, 5:] + 1) % 32], 1)
+    moved = (model.answer(codes, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-5
+    assert moved.tolist() == [False] * 6 + [True] * 3
+
+
+def test_generate_equals_asking_the_whole_prefix_again():
+    model, (mel, style, _) = stage2(), speech(frames=40)
+    made, codes = model.generate(mel, style)
+    audio = model.audio_encoder(mel).unsqueeze(2)
+    said = torch.zeros(3, 40, 4, dtype=torch.long)
+    for t in range(40):
+        z_hat = model.answer(said[:, :t + 1], style, audio[:, :t + 1])[:, t]
+        said[:, t] = torch.cdist(z_hat.flatten(0, 1), model.autoencoder.quantiser.codebook).argmin(1).view(3, 4)
+    assert torch.equal(codes, said) and len(codes.unique()) > 4
+    close(made, model.autoencoder.decode(said))
+
+
+def test_the_first_frame_is_fed_style_alone():
+    """Position 0 is sin 0, cos 0, ... = 0, 1, 0, 1, ..."""
+    model, past = stage2(), torch.randn(3, 7, 16)
+    fed = model.embed(past, torch.eye(3))
+    close(fed[:, 0], model.style + torch.tensor([0., 1]).repeat(8))
+    close(fed[:, 5:], model.embed(past[:, 5:], torch.eye(3), first=5))
+    close(fed[:, 2] - model.style - ct.periodic_positions(2, 1, 4, 16), model.history(past[:, 2]))
+
+
+def test_styles_mix_linearly():
+    model, past = stage2(), torch.randn(1, 7, 16)
+    a, b = torch.eye(3)[None, 0], torch.eye(3)[None, 2]
+    close(model.embed(past, 0.3 * a + 0.7 * b), 0.3 * model.embed(past, a) + 0.7 * model.embed(past, b))
+
+
+def test_stage2_losses_over_real_frames_by_hand():
+    """Squared errors of the motion decoded from the nearest codes, and of the answers against the true codes."""
+    model, (mel, style, motion) = stage2(), speech()
+    codes = model.autoencoder.encode(motion, LENGTHS)
+    z_hat, losses = model(mel, style, codes, motion, LENGTHS)
+    book = model.autoencoder.quantiser.codebook
+    chosen = torch.cdist(z_hat.flatten(0, 2), book).argmin(1).view(codes.shape)
+    made = model.autoencoder.decode(chosen, LENGTHS)
+    for name, error in (("motion", made - motion), ("feature", (z_hat - book[codes]).flatten(2))):
+        real = torch.cat([error[row, :length].flatten() for row, length in enumerate(LENGTHS)])
+        assert losses[name].item() == pytest.approx(real.square().mean().item(), rel=1e-4)
+
+
+def test_a_history_of_its_own_holds_nothing_of_the_truth():
+    model, (mel, style, motion) = stage2(), speech()
+    codes = model.autoencoder.encode(motion)
+    answers = []
+    for truth in (codes, (codes + 1) % 32):
+        torch.manual_seed(1)
+        answers.append([model(mel, style, truth, motion, own=own)[0] for own in (0.0, 1.0)])
+    assert not torch.allclose(answers[0][0], answers[1][0])
+    assert torch.equal(answers[0][1], answers[1][1])
+
+
+def test_training_moves_stage2_and_leaves_stage1():
+    model, (mel, style, motion) = stage2().train(), speech()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, losses = model(mel, style, model.autoencoder.encode(motion), motion)
+    sum(losses.values()).backward()
+    optimiser.step()
+    for name, value in model.state_dict().items():
+        if name.startswith("autoencoder."):
+            assert torch.equal(value, before[name]), name
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert {"style", "query.weight", "history.weight", "audio_encoder.enter.conv.weight"} <= set(moved)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("stage, make", [("vq", stage1), ("ar", stage2)])
+def test_load_gives_back_what_save_was_given(tmp_path, stage, make):
+    model = make(beta=0.5)
+    ct.save(tmp_path / "model.pt", model.train(), step=7)
+    loaded, state = ct.load(tmp_path / "model.pt", stage)
+    assert state["step"] == 7 and loaded.config == model.config and not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+class Payload:
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "no such checkpoint"), (b"", "not a checkpoint"), (b"hello", "not a checkpoint"), ("payload", "not a checkpoint"),
+    ({"weights": 1}, "not a checkpoint"), ("vq", "train_ar.py expected")])
+def test_load_refuses_in_one_line(tmp_path, content, said):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "payload":
+        torch.save({"stage": "ar", "weights": Payload(tmp_path / "ran")}, path)
+    elif isinstance(content, str):
+        ct.save(path, stage1())
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=said) as error:
+        ct.load(path, "ar")
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,228 @@
+"""The three commands on a tiny data set and a tiny budget, as README has them, and what they do with mistakes."""
+import base64
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from conftest import ROOT
+
+BUDGET = "--batch 2 --window 16 --log-every 1 --eval-every 2".split()
+
+
+def run(script, *arguments):
+    """`python SCRIPT ARGUMENTS` within this process; returns the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Commands are run from an empty folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def train(speakers, folder, stage, steps, *more):
+    before = ["--codes", 16, "--revive-every", 2] if stage == "vq" else ["--vq", folder.parent / "whole_vq" / "best.pt"]
+    assert run(f"train_{stage}.py", "--data", speakers, "--out", folder, "--steps", steps, *BUDGET, *before, *more) == 0
+
+
+@pytest.fixture(scope="module")
+def runs(speakers, tmp_path_factory):
+    """Both stages, four steps each, in runs/whole_vq and runs/whole_ar."""
+    folder = tmp_path_factory.mktemp("runs")
+    for stage in ("vq", "ar"):
+        train(speakers, folder / f"whole_{stage}", stage, 4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def infer(speakers, runs):
+    """infer.py with these data and this checkpoint."""
+    return lambda *arguments: run("infer.py", "--data", speakers, "--ar", runs / "whole_ar" / "best.pt", *arguments)
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """0.41 s of noise, 8 bit, stereo, 11025 Hz: 12 whole frames."""
+    with wave.open(str(tmp_path / "noise.wav"), "wb") as file:
+        file.setparams((2, 1, 11_025, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).integers(64, 192, 2 * int(0.41 * 11_025), dtype=np.uint8).tobytes())
+    return tmp_path / "noise.wav"
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, a, b)) and len(a) == len(b) if isinstance(a, (list, tuple)) else a == b
+
+
+@pytest.mark.parametrize("stage", ["vq", "ar"])
+def test_two_steps_and_two_resumed_are_four_bit_for_bit(speakers, runs, stage):
+    halves = runs / f"halves_{stage}"
+    train(speakers, halves, stage, 2)
+    train(speakers, halves, stage, 4, "--resume")
+    whole, resumed = (torch.load(folder / "last.pt", weights_only=True) for folder in (runs / f"whole_{stage}", halves))
+    assert whole["step"] == 4 and [row["step"] for row in whole["rows"]] == [1, 2, 3, 4]
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert same(whole[name], resumed[name]), name
+
+
+@pytest.mark.parametrize("stage, losses", [("vq", {"motion", "vq"}), ("ar", {"motion", "feature"})])
+def test_training_writes_checkpoints_and_figures(runs, stage, losses):
+    folder = runs / f"whole_{stage}"
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt", "figures.json", "loss.png"}
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["flags"]["steps"] == 4 and len(figures["rows"]) == 4
+    assert all(losses <= row.keys() and ("validation" in row) == (row["step"] in (2, 4)) for row in figures["rows"])
+    best = torch.load(folder / "best.pt", weights_only=True)
+    name, sign = {"vq": ("r2", 1), "ar": ("lve", -1)}[stage]
+    rows = [row for row in figures["rows"] if "validation" in row]
+    assert best["step"] == max(rows, key=lambda row: sign * row["validation"][name])["step"]
+    assert Image.open(folder / "loss.png").size[0] > 500
+
+
+def test_stage2_keeps_the_stage1_it_was_given(runs):
+    given, kept = (torch.load(runs / folder / "best.pt", weights_only=True)["weights"] for folder in ("whole_vq", "whole_ar"))
+    assert all(torch.equal(value, kept[f"autoencoder.{name}"]) for name, value in given.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ infer.py
+
+
+@pytest.mark.parametrize("ending", ["html", "npy", "obj", "png", "gif", "mp4"])
+def test_a_wav_becomes_any_of_the_endings(infer, speech, elsewhere, ending):
+    if ending == "mp4" and not shutil.which("ffmpeg"):
+        pytest.skip("no ffmpeg")
+    assert infer("--wav", speech, "--style", "ada:0.3,ben:0.9", "--subject", "dan", "--out", f"talk.{ending}") == 0
+    written = sorted(path.name for path in elsewhere.iterdir())
+    assert written == ([f"talk_{frame:04d}.obj" for frame in range(12)] if ending == "obj" else [f"talk.{ending}"])
+    path, face = elsewhere / written[0], data.build_face()
+    if ending == "npy":
+        vertices = np.load(path)
+        assert vertices.dtype == np.float32 and vertices.shape == (12, face.template.size)
+        assert np.abs(vertices).max() < 0.2 and np.isfinite(vertices).all()     # metres: a head
+    elif ending == "obj":
+        assert infer("--wav", speech, "--style", "ben:3,ada", "--subject", "dan", "--out", "same.npy") == 0
+        lines = [line.split() for line in path.read_text().splitlines()]
+        places = np.array([line[1:] for line in lines if line[0] == "v"], float)
+        corners = np.array([line[1:] for line in lines if line[0] == "f"], int)
+        assert np.array_equal(corners - 1, face.triangles)
+        np.testing.assert_allclose(places.ravel(), np.load("same.npy")[0], atol=1e-6)
+    elif ending == "html":
+        page = path.read_text()
+        assert "http://" not in page and "https://" not in page and "noise" in page
+    elif ending == "mp4":
+        told = subprocess.run(["ffmpeg", "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
+        assert "Video:" in told and "Audio:" in told and "30 fps" in told
+    else:
+        with Image.open(path) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20          # more than a blank sheet
+            durations = [image.seek(i) or image.info.get("duration", 0) for i in range(getattr(image, "n_frames", 1))]
+            assert sum(durations) == (400 if ending == "gif" else 0)            # ms; equal frames are joined
+
+
+def test_the_page_passes_its_self_test_in_a_browser(infer, elsewhere, tmp_path):
+    """It seeks to three moments and puts PASS into its title if three different pictures come of it."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium")
+    assert infer() == 0                                                         # a test clip beside its truth
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom").split()
+    page = subprocess.run([browser, *flags, f"--user-data-dir={tmp_path / 'profile'}",
+                           f"{(elsewhere / 'talk.html').as_uri()}#selftest"], capture_output=True, text=True, timeout=90)
+    assert "<title>PASS" in page.stdout, page.stdout[:200] + page.stderr[-500:]
+    assert page.stdout.count("<canvas") == 4                                    # two heads, the sound, the codes
+
+
+def test_the_page_shows_every_vertex_within_a_tenth_of_a_millimetre(infer, speakers, elsewhere):
+    """It holds mean + weights @ basis in head radii; the second face is the truth, known from the data set."""
+    assert infer() == 0
+    page = json.loads((elsewhere / "talk.html").read_text().split('type="application/json">')[1].split("</script>")[0])
+    clip = data.DataSet(speakers).splits["test"][0]
+    true = np.load(speakers / "vertices_npy" / f"{clip.name}.npy").astype(float)
+    mean, basis, weights = (np.frombuffer(base64.b64decode(page["faces"][1][name]), kind).astype(float)
+                            for name, kind in (("mean", "f4"), ("basis", "i2"), ("weights", "f4")))
+    shown = mean + weights.reshape(clip.frames, -1) @ basis.reshape(-1, mean.size)
+    shown, true = shown.reshape(clip.frames, -1, 3), true.reshape(clip.frames, -1, 3)
+    shown *= np.ptp(true.mean(0)[:, 1]) / 2
+    error = (shown - shown[0, 0]) - (true - true[0, 0])                         # wherever the page puts the middle
+    assert np.linalg.norm(error, axis=2).max() < 2e-4                           # two vertices, 0.1 mm each
+    audio = np.frombuffer(base64.b64decode(page["audio"])[44:], np.int16)
+    stored = data.wavfile.read(speakers / "wav" / f"{clip.name}.wav")[1]
+    assert np.abs(audio[:len(stored)].astype(int) - stored[:len(audio)]).max() <= 1
+
+
+def test_test_writes_the_figures_of_the_motions_it_writes(infer, speakers, runs):
+    """The test subject is a stranger, so test.json holds means over both styles; the motions are in the first.
+    The lip error is worked out anew from what infer.py makes of each clip's wav in each style."""
+    assert infer("--test", "--out", "motions") == 0
+    dataset, errors = data.DataSet(speakers), []
+    for clip in dataset.splits["test"]:
+        true = np.load(speakers / "vertices_npy" / f"{clip.name}.npy")
+        for style in ("ada", "ben"):
+            assert infer("--wav", speakers / "wav" / f"{clip.name}.wav", "--subject", clip.subject, "--style", style,
+                         "--out", f"{style}.npy") == 0
+            error = np.square(np.load(f"{style}.npy") - true).reshape(clip.frames, -1, 3)[:, dataset.lips].sum(2)
+            errors.append(error.max(1).mean())
+        np.testing.assert_allclose(np.load(f"motions/{clip.name}.npy"), np.load("ada.npy"), atol=1e-6)
+    figures = json.loads((runs / "whole_ar" / "test.json").read_text())
+    assert figures["lve"] == pytest.approx(1e6 * np.mean(errors), rel=1e-3)     # mm2
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize("command", [
+    "train_vq.py --data nowhere", "train_vq.py --data DATA --resume",
+    "train_ar.py --data DATA --vq nowhere.pt", "train_ar.py --data DATA --vq AR", "train_ar.py --data DATA --vq VQ --resume",
+    "infer.py --data DATA --ar nowhere.pt", "infer.py --data DATA --ar VQ", "infer.py --data nowhere --ar AR",
+    "infer.py --data DATA --ar AR --wav nowhere.wav", f"infer.py --data DATA --ar AR --wav {__file__}",
+    "infer.py --data DATA --ar AR --style nobody", "infer.py --data DATA --ar AR --style ada:much",
+    "infer.py --data DATA --ar AR --style ada:0", "infer.py --data DATA --ar AR --subject nobody",
+    "infer.py --data DATA --ar AR --out talk.doc", "infer.py --data DATA --ar AR --out no/folder/talk.npy",
+    "infer.py --data DATA --ar AR --test --style ada"])
+def test_a_mistake_is_answered_by_one_line_and_status_2(speakers, runs, elsewhere, capsys, command):
+    places = {"DATA": speakers, "VQ": runs / "whole_vq" / "best.pt", "AR": runs / "whole_ar" / "best.pt"}
+    capsys.readouterr()
+    assert run(*(places.get(word, word) for word in command.split())) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and len(said) > 30
+    assert not [path for path in elsewhere.rglob("*") if path.is_file()], "something was written"
+
+
+def test_a_checkpoint_of_other_data_is_refused(infer, runs, speakers, tmp_path, capsys):
+    """The same folder at 25 frames per second."""
+    shutil.copytree(speakers, tmp_path / "other")
+    described = json.loads((speakers / "dataset.json").read_text()) | {"fps": 25}
+    (tmp_path / "other" / "dataset.json").write_text(json.dumps(described))
+    assert infer("--data", tmp_path / "other") == 2
+    assert "30 frames per second" in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_ends_so_too(elsewhere):
+    told = subprocess.run([sys.executable, "-B", ROOT / "infer.py", "--ar", "nowhere.pt"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+    assert told.stderr.startswith("error: nowhere.pt") and not list(elsewhere.iterdir())
