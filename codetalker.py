@@ -263,9 +263,11 @@ class Quantiser(nn.Module):
         self.register_buffer("uses", torch.zeros(codes))                # since the last revival
 
     def nearest(self, z):
-        """Features (..., c) -> indices (...) int64 of the nearest codes."""
-        z = z.float().flatten(0, -2)                                    # bfloat16 distances would choose wrongly
-        distance = z.square().sum(1, keepdim=True) - 2 * z @ self.codebook.t() + self.codebook.square().sum(1)
+        """Features (..., c) -> indices int64 of the nearest codes, one a row: all leading shapes flattened."""
+        z = z.float().flatten(0, -2)                                    # (..., c) -> (rows, c)
+        with torch.autocast(z.device.type, enabled=False):              # bfloat16 distances would choose wrongly
+            # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, of which the first is the same for all codes
+            distance = self.codebook.square().sum(1) - 2 * z @ self.codebook.t()        # (rows, N)
         return distance.argmin(1)
 
     def forward(self, z_e, lengths=None):
@@ -339,7 +341,8 @@ class MotionAutoencoder(nn.Module):
         size = size / len(flat) ** 0.5                                  # standard deviation of each component
         mix, _ = torch.linalg.qr(torch.randn(width, len(size), device=motion.device))   # (d, k), orthonormal
         self.encoder.enter.weight.copy_(mix @ directions.t() * len(size) ** 0.5 / size.norm())
-        self.decoder.leave.weight.copy_(directions @ torch.randn_like(mix).t() * size.norm() / (width * len(size)) ** 0.5)
+        unmix = torch.randn_like(mix).t() / width ** 0.5                # (k, d)
+        self.decoder.leave.weight.copy_(directions @ unmix * size.norm() / len(size) ** 0.5)
         self.encoder.enter.bias.zero_()
         self.decoder.leave.bias.zero_()
         self.quantiser.revive(self.encoder(motion), everything=True)
@@ -380,9 +383,11 @@ def log_mel(audio, fps, frames, bands):
     on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
     looks at the window centred on (s + 1/2) / (fps * STEPS_PER_FRAME) seconds.
 
-    Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
+    Raises ValueError if there is no sound. Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
     lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count.
     """
+    if frames < 1 or len(audio) == 0:
+        raise ValueError(f"sound for at least one frame expected, found {len(audio)} samples, {frames} frames")
     steps = frames * STEPS_PER_FRAME
     centre = ((torch.arange(steps) + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
     needed = int(centre[-1]) + WINDOW
@@ -445,7 +450,7 @@ class AudioEncoder(nn.Module):
         return self.leave(x)
 
 
-# ========================================================================= stage 2: speech-driven code query (section 3.2)
+# ===================================================================== stage 2: speech-driven code query (section 3.2)
 
 
 def periodic_positions(first, frames, period, width):
@@ -526,7 +531,7 @@ class CodeTalker(nn.Module):
         return self.dropout(x + (style @ self.style)[:, None] + position.to(x))
 
     def answer(self, fed, style, audio):
-        """What the transformer says to a whole history at once: codes fed (B, T, H), of which frame t sees those before,
+        """What the transformer says to a whole history at once: codes fed (B, T, H), frame t sees those before it,
         style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
         past = self.autoencoder.quantiser.codebook[fed].flatten(2).roll(1, dims=1)      # (B, T, H*c), the predecessors
         x = self.embed(past, style)
@@ -611,13 +616,13 @@ def load(path, stage, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         found = state["stage"]
+        model = MotionAutoencoder(VQConfig(**state["vq_config"]))
+        if found == "ar":
+            model = CodeTalker(ARConfig(**state["ar_config"]), model)
+        model.load_state_dict(state["weights"])
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of this project ({type(error).__name__}); "
+        raise ValueError(f"{path}: not a whole checkpoint of this project ({type(error).__name__}); "
                          f"`{command}` writes one") from None
     if found != stage:
         raise ValueError(f"{path}: a checkpoint of train_{stage}.py expected, found one of train_{found}.py")
-    model = MotionAutoencoder(VQConfig(**state["vq_config"]))
-    if stage == "ar":
-        model = CodeTalker(ARConfig(**state["ar_config"]), model)
-    model.load_state_dict(state["weights"])
     return model.to(device).eval(), state

@@ -8,6 +8,7 @@ Map of this file
 Units: seconds, hertz, metres. Motion is vertices - template; frame t covers [t / fps, (t + 1) / fps) and shows the face
 at its centre. Everything random comes from a seed: same seed, same bytes.
 """
+import argparse
 import json
 import math
 import pickle
@@ -192,21 +193,24 @@ def vary(rng, deviation, size=None):
     return np.exp(rng.normal(0, deviation, size))
 
 
-def make_speaker(rng):
-    """Draw a Speaker. Short tracts go with high voices, loosely, as from men over women to children."""
-    pitch = 80 * 3.5 ** rng.random()
+def make_speaker(rng, height):
+    """Draw a Speaker; height 0 is the lowest voice, 1 the highest.
+
+    Short tracts go with high voices, loosely, as from men over women to children.
+    """
+    pitch = 80 * 3.5 ** height
     tract = np.clip(1.03 - 0.17 * np.log2(pitch / 100) + rng.normal(0, 0.06), 0.76, 1.12)
     return Speaker(pitch, tract, rate=rng.uniform(0.8, 1.35), melody=rng.uniform(1, 4),
                    breathiness=rng.random(), tilt=700 * 8 ** rng.random(), jitter=rng.uniform(0.003, 0.02),
                    shimmer=rng.uniform(0.02, 0.1), bandwidth=rng.uniform(0.8, 1.6),
-                   precision=rng.uniform(0.2, 1), nasality=rng.uniform(0.2, 1), dialect=rng.integers(2 ** 31))
+                   precision=rng.uniform(0.5, 1), nasality=rng.uniform(0.2, 1), dialect=rng.integers(2 ** 31))
 
 
 def another_day(speaker, rng):
     """The same Speaker with nearly another voice: a network that hears few speakers must meet many voices."""
     factors = dict(pitch=0.25, tract=0.08, rate=0.13, melody=0.3, tilt=0.5, bandwidth=0.2)
     factors = {name: getattr(speaker, name) * vary(rng, deviation) for name, deviation in factors.items()}
-    moods = {name: np.clip(getattr(speaker, name) + rng.normal(0, 0.35), 0, 1)
+    moods = {name: np.clip(getattr(speaker, name) + rng.normal(0, 0.25), 0, 1)
              for name in ("breathiness", "precision", "nasality")}
     return replace(speaker, **factors, **moods)
 
@@ -764,7 +768,7 @@ def upper_face(segments, accents, times, style, rng):
             raised = rng.uniform(0.4, 1) * np.exp(-0.5 * ((times - moment) / rng.uniform(0.1, 0.2)) ** 2)
             brow_left += raised
             brow_right += raised
-    drift = gaussian_filter1d(rng.standard_normal((4, len(times) + 120)), 15, axis=1)[:, 60:-60] * 7    # variance about 1
+    drift = gaussian_filter1d(rng.standard_normal((4, len(times) + 120)), 15, axis=1)[:, 60:-60] * 7    # variance near 1
     brow_left += 0.12 * style.still * drift[0]
     brow_right += 0.12 * style.still * drift[0]
     brow_left *= 1 + style.lopsided
@@ -772,12 +776,12 @@ def upper_face(segments, accents, times, style, rng):
     frown += np.clip(0.3 * style.still * (drift[1] - 0.8), 0, 1)
     squint += np.clip(0.3 * style.still * (drift[2] - 0.6), 0, 1)
     cheek += np.clip(0.3 * style.still * (drift[3] - 0.6), 0, 1)
-    return np.clip(motions, -0.5, 1.3)
+    return np.clip(motions, -0.5, 1)
 
 
 SUBJECTS = {"train": ["ada", "ben", "cleo", "dan", "eva", "finn", "gwen", "hugo"],
             "val": ["iris", "jack"], "test": ["kira", "liam"]}          # 8, 2, 2 as in VOCASET
-SENTENCES = {"train": range(1, 51), "val": range(51, 71), "test": range(71, 91)}
+SENTENCES = {"train": range(1, 66), "val": range(66, 86), "test": range(86, 106)}
 
 
 @lru_cache
@@ -785,17 +789,19 @@ def person(seed, subject):
     """Who a built-in subject is: its number, Speaker, Style, the Face and its own template (V, 3)."""
     order = sum(SUBJECTS.values(), []).index(subject)
     rng, face = np.random.default_rng([seed, order]), build_face()
-    return order, make_speaker(rng), make_style(rng), face, face_of_subject(face, rng)
+    height = (0.3 + 0.618 * order) % 1      # the golden ratio spreads any number of voices evenly from low to high
+    return order, make_speaker(rng, height), make_style(rng), face, face_of_subject(face, rng)
 
 
 def make_clip(seed, subject, sentence, take=0):
-    """One built-in subject speaks one sentence -> audio (samples,), vertices (T, V, 3) float32, segments, motions (T, 14).
+    """A built-in subject speaks a sentence -> audio (samples,), vertices (T, V, 3) float32, segments, motions (T, 14).
 
     The take changes nothing but the face: the audio stays, byte for byte, the lips differ by a few per cent, the upper
     face is drawn anew. So twenty takes are twenty samples of what a face may do with this sound.
     """
     order, speaker, style, face, template = person(seed, subject)
-    voice, gesture = np.random.default_rng([seed, order, sentence]), np.random.default_rng([seed, order, sentence, take])
+    voice = np.random.default_rng([seed, order, sentence])
+    gesture = np.random.default_rng([seed, order, sentence, take])
     today = another_day(speaker, voice)
     segments, accents = schedule(make_sentence(voice), today, voice)
     audio = record(synthesise(segments, today, voice, accents), voice)
@@ -816,7 +822,7 @@ def write_clip(folder, seed, subject, sentence):
 
 
 def build_speakers(folder, seed=0):
-    """Write the built-in data set into `folder`: 12 subjects, 480 sentences, about 23 minutes of speech.
+    """Write the built-in data set into `folder`: 12 subjects, 600 sentences, about half an hour of speech.
 
     The folder appears under its name only when it is whole. Same seed, same bytes.
     """
@@ -922,19 +928,19 @@ class DataSet:
         if not (self.folder / "vertices_npy").is_dir():
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, "
                              f"found {'no vertices_npy/' if self.folder.is_dir() else 'no such folder'}")
-        description = self.folder / "dataset.json"
-        try:
-            said = json.loads(description.read_text()) if description.exists() else {}
-        except ValueError as error:
-            raise ValueError(f"{description}: JSON expected; {error}") from None
+        said = self.read_description()
+        templates = read_pickle(self.folder / "templates.pkl")
+        if not isinstance(templates, dict):
+            raise ValueError(f"{self.folder}/templates.pkl: {{subject: (V, 3)}} expected, found a {type(templates)}")
         self.templates = {str(subject): self.pad(np.asarray(template, np.float32).reshape(1, -1))[0]
-                          for subject, template in read_pickle(self.folder / "templates.pkl").items()}
+                          for subject, template in templates.items()}
         clips = self.find_clips()
-        self.channels = self.frames_of(clips[0].name).shape[1]      # V * 3
-        for subject in {clip.subject for clip in clips}:
-            if self.templates[subject].size != self.channels:
-                raise ValueError(f"{self.folder}/templates.pkl: {self.channels} channels expected for {subject}, as "
-                                 f"in its motion, found {self.templates[subject].size}")
+        self.channels = self.frames_of(clips[0].name, 0, 1).shape[1]                    # V * 3
+        for clip in clips:
+            width, template = self.frames_of(clip.name, 0, 1).shape[1], self.templates[clip.subject].size
+            if not width == template == self.channels:
+                raise ValueError(f"{self.folder}: {self.channels} channels expected everywhere, as in {clips[0].name}, "
+                                 f"found {width} in {clip.name}.npy and {template} in its subject's template")
         self.fps = float(said.get("fps") or self.infer_fps(clips))
         self.splits = self.read_splits(said.get("splits"), clips)
         self.subjects = sorted({clip.subject for clip in self.splits["train"]})         # the K styles, in order
@@ -943,11 +949,28 @@ class DataSet:
         self.colours = np.asarray(said["colours"]) if "colours" in said else None
         self.lips, self.upper_face = said.get("lips") or everything, said.get("upper_face") or everything
         self.lip_gap = said.get("lip_gap")
+        for name in ("lips", "upper_face", "lip_gap", "triangles"):
+            named = np.asarray(said.get(name) or [0])
+            if named.dtype.kind != "i" or named.min() < 0 or named.max() >= len(everything):
+                raise ValueError(f"{self.folder}/dataset.json: {name}: vertices 0 to {len(everything) - 1} expected")
         self.millimetres = 1000.0 if said.get("unit") == "metre" else None
         for name in ("lips", "upper_face"):
             if name not in said:
                 self.notes.append(f"{name}: not named in dataset.json, so all {len(everything)} vertices")
         self.measure_training_motion()
+
+    def read_description(self):
+        """dataset.json as a dict; ValueError for what cannot be meant."""
+        path = self.folder / "dataset.json"
+        try:
+            said = json.loads(path.read_text()) if path.exists() else {}
+            if not isinstance(said, dict):
+                raise ValueError(f"an object {{...}} expected, found a {type(said).__name__}")
+            if "fps" in said and not 0 < float(said["fps"]) < 1000:
+                raise ValueError(f"fps between 0 and 1000 expected, found {said['fps']}")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        return said
 
     def find_clips(self):
         """All clips that have motion, sound and a template, sorted by name."""
@@ -960,7 +983,7 @@ class DataSet:
                 raise ValueError(f"{self.folder}/templates.pkl: no template of {subject!r}, whose clip {path.stem} "
                                  "is in vertices_npy/")
             else:
-                clips.append(Clip(path.stem, subject, len(np.load(path, mmap_mode="r", allow_pickle=False))))
+                clips.append(Clip(path.stem, subject, self.rows(path.stem).shape[0]))
         if not clips:
             raise ValueError(f"{self.folder}: no clip with both wav/NAME.wav and vertices_npy/NAME.npy")
         return clips
@@ -968,8 +991,7 @@ class DataSet:
     def infer_fps(self, clips):
         seconds = []
         for clip in clips:
-            rate, audio = wavfile.read(self.wav(clip), mmap=True)
-            seconds.append(len(audio) / rate)
+            seconds.append(len(read_wav(self.wav(clip))) / SAMPLE_RATE)
         fps = np.median([clip.frames / length for clip, length in zip(clips, seconds)])
         fps = round(fps) if abs(fps - round(fps)) < 0.02 * fps else fps
         self.notes.append(f"fps: {fps:g}, from frames and seconds")
@@ -1016,13 +1038,20 @@ class DataSet:
     def wav(self, clip):
         return self.folder / "wav" / f"{clip.name}.wav"
 
-    def frames_of(self, name, start=None, stop=None):
-        """The stored rows start..stop of a clip, (T, V*3) float32; read from disk as far as needed."""
+    def rows(self, name):
+        """A clip's array as it lies on the disk, (T, channels) or (T, V, 3), not read yet."""
         path = self.folder / "vertices_npy" / f"{name}.npy"
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        if rows.ndim not in (2, 3) or len(rows) == 0:
-            raise ValueError(f"{path}: (frames, channels) expected, found the shape {rows.shape}")
-        rows = np.asarray(rows[start:stop], np.float32)
+        try:
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
+        if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
+        return rows
+
+    def frames_of(self, name, start=None, stop=None):
+        """Frames start..stop of a clip, (T, V*3) float32; read from disk as far as needed."""
+        rows = np.asarray(self.rows(name)[start:stop], np.float32)
         return self.pad(rows.reshape(len(rows), -1))
 
     def motion(self, clip, start=None, stop=None):
@@ -1079,7 +1108,7 @@ def random_crops(clips, window, count):
     return crops
 
 
-# ======================================================================================= metrics: how far from the truth
+# ====================================================================== metrics: how far from the truth
 
 
 def lip_vertex_error(made, true, lips):
@@ -1097,7 +1126,7 @@ def dynamics(motion, upper_face):
 
 
 def energy(motion):
-    """How much a face moves: the variance over time of its vertices' positions, mean over vertices. motion (T, V, 3)."""
+    """How much a face moves: the variance over time of its vertices' positions, mean over them. motion (T, V, 3)."""
     return float(motion.var(0).sum(-1).mean())
 
 
@@ -1225,6 +1254,13 @@ def cannot():
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 expected, found {text}")
+    return int(text)
 
 
 def clock(start, done, total):

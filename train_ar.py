@@ -3,8 +3,9 @@
     python train_ar.py                              after train_vq.py; about two minutes on a laptop
     python train_ar.py --data FOLDER --vq runs/my_vq/best.pt --out runs/my_ar
 
-Every evaluation is free-running: the model feeds on its own codes, as it will in use. Teacher-forced losses fall even
-when it has learnt nothing but to continue; lip error with the audio swapped for another clip's tells whether it listens.
+Every evaluation is free-running: the model feeds on its own codes, as it will in use. Teacher-forced losses fall
+even when it has learnt nothing but to continue; lip error with the audio swapped for another clip's tells whether it
+listens.
 Writes best.pt (lowest free-running lip error), last.pt (to resume from), figures.json and loss.png into --out.
 """
 import argparse
@@ -14,21 +15,22 @@ from pathlib import Path
 import torch
 
 from codetalker import STEPS_PER_FRAME, ARConfig, CodeTalker, load, other_voice, save
-from data import batch_of, cannot, clock, evaluate_generation, open_data, random_crops, write_figures
+from data import batch_of, cannot, clock, evaluate_generation, open_data, positive, random_crops, write_figures
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (default: %(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=1100, help="training steps (default: %(default)s)")
-parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (default: %(default)s)")
-parser.add_argument("--window", type=int, default=80, help="frames in a training sequence (default: %(default)s)")
+parser.add_argument("--steps", type=positive, default=1250, help="training steps (default: %(default)s)")
+parser.add_argument("--batch", type=positive, default=8, help="sequences in a batch (default: %(default)s)")
+parser.add_argument("--window", type=positive, default=80, help="frames in a training sequence (default: %(default)s)")
 parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
-parser.add_argument("--halve-every", type=int, default=220, help="steps after which the rate halves (default: %(default)s)")
-parser.add_argument("--own", type=float, default=0.9,
-                    help="share of the history that is the model's own answers, 0 = teacher forcing (default: %(default)s)")
-parser.add_argument("--eval-every", type=int, default=275, help="steps between evaluations (default: %(default)s)")
-parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default: %(default)s)")
+parser.add_argument("--halve-every", type=positive, default=250,
+                    help="steps after which the rate halves (default: %(default)s)")
+parser.add_argument("--own", type=float, default=0.85,
+                    help="share of the history that is the model's own answers, 0 to 1 (default: %(default)s)")
+parser.add_argument("--eval-every", type=positive, default=250, help="steps between evaluations (default: %(default)s)")
+parser.add_argument("--log-every", type=positive, default=50, help="steps between log lines (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
 
@@ -39,7 +41,6 @@ def main(args):
     data, out = open_data(args.data), Path(args.out)
     autoencoder, stage1 = load(args.vq, "vq", device)
     data.check(stage1)
-    out.mkdir(parents=True, exist_ok=True)
 
     if args.resume:
         model, state = load(out / "last.pt", "ar", device)
@@ -54,13 +55,17 @@ def main(args):
         optimiser.load_state_dict(state["optimiser"])
         step, best, rows = state["step"], state["best"], state["rows"]
         torch.set_rng_state(state["random"].cpu())
+        if device == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
     print(f"stage 2 on {device}: {sum(p.numel() for p in trained):,} parameters, {len(data.splits['train'])} clips, "
           f"styles {', '.join(data.subjects)}")
 
     # The codes of all real motion; they never change any more.
     with torch.no_grad():
-        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0].cpu() for clip in data.splits["train"]}
+        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0].cpu()
+                 for clip in data.splits["train"]}
 
+    out.mkdir(parents=True, exist_ok=True)
     start, first = time.time(), step
     while step < args.steps:
         # 1. the rate: a short warm-up, then halved at fixed steps
@@ -72,7 +77,8 @@ def main(args):
         crops = random_crops(data.splits["train"], args.window, args.batch)
         motion, lengths = batch_of([data.motion(*crop) for crop in crops])
         target, _ = batch_of([codes[clip.name][a:b] for clip, a, b in crops])
-        mel, _ = batch_of([data.mel(clip, model.config.mel_bands)[a * STEPS_PER_FRAME:b * STEPS_PER_FRAME] for clip, a, b in crops])
+        mel, _ = batch_of([data.mel(clip, model.config.mel_bands)[a * STEPS_PER_FRAME:b * STEPS_PER_FRAME]
+                           for clip, a, b in crops])
         style = torch.stack([data.style(clip.subject) for clip, _, _ in crops])
         motion, target, mel, style = (tensor.to(device) for tensor in (motion, target, mel, style))
         lengths = lengths.to(device) if lengths.min() < motion.shape[1] else None
@@ -88,20 +94,24 @@ def main(args):
         step += 1
 
         # 4. log
-        if step % args.log_every == 0 or step == args.steps:
+        evaluates = step % args.eval_every == 0 or step == args.steps
+        if step % args.log_every == 0 or evaluates:
             rows.append({"step": step} | {name: loss.item() for name, loss in losses.items()})
             print(f"step {step:5d}  motion {losses['motion']:.4f}  feature {losses['feature']:.4f}  "
                   f"{clock(start, step - first, args.steps - first)}", flush=True)
 
         # 5. evaluate free-running on unseen sentences, keep the best, save
-        if step % args.eval_every == 0 or step == args.steps:
+        if evaluates:
             figures = evaluate_generation(model, data, "val")
             print(f"   free-running  lip gap r {figures['gap_correlation']:.3f}  LVE {figures['lve']:.4g}  "
-                  f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  upper {figures['upper_energy']:.2f}  "
-                  f"codes {figures['codes_used']}  perplexity {figures['perplexity']:.1f}", flush=True)
+                  f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  "
+                  f"upper {figures['upper_energy']:.2f}  codes {figures['codes_used']:.0f}  "
+                  f"perplexity {figures['perplexity']:.1f}", flush=True)
             rows[-1] |= {"validation": figures}
             state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": min(best, figures["lve"]),
                      "random": torch.get_rng_state(), **data.identity()}
+            if device == "cuda":
+                state["random_cuda"] = torch.cuda.get_rng_state()
             if figures["lve"] < best:
                 best = figures["lve"]
                 save(out / "best.pt", model, **state)
@@ -111,7 +121,8 @@ def main(args):
     figures = evaluate_generation(model, data, "test")
     write_figures(out, rows, figures, args, ("motion", "feature"))
     print(f"test split, free-running  lip gap r {figures['gap_correlation']:.3f}  LVE {figures['lve']:.4g}  "
-          f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  -> {out}/best.pt ({time.time() - start:.0f} s)")
+          f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  "
+          f"-> {out}/best.pt ({time.time() - start:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -12,20 +12,22 @@ from pathlib import Path
 import torch
 
 from codetalker import MotionAutoencoder, VQConfig, load, save
-from data import batch_of, cannot, clock, evaluate_reconstruction, open_data, random_crops, write_figures
+from data import batch_of, cannot, clock, evaluate_reconstruction, open_data, positive, random_crops, write_figures
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--out", default="runs/vq", help="folder for the results (default: %(default)s)")
-parser.add_argument("--steps", type=int, default=450, help="training steps (default: %(default)s)")
-parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (default: %(default)s)")
-parser.add_argument("--window", type=int, default=48, help="frames in a training sequence (default: %(default)s)")
+parser.add_argument("--steps", type=positive, default=450, help="training steps (default: %(default)s)")
+parser.add_argument("--batch", type=positive, default=8, help="sequences in a batch (default: %(default)s)")
+parser.add_argument("--window", type=positive, default=48, help="frames in a training sequence (default: %(default)s)")
 parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
-parser.add_argument("--halve-every", type=int, default=100, help="steps after which the rate halves (default: %(default)s)")
-parser.add_argument("--codes", type=int, default=256, help="N, codes in the codebook (default: %(default)s)")
-parser.add_argument("--revive-every", type=int, default=25, help="steps between revivals of dead codes (default: %(default)s)")
-parser.add_argument("--eval-every", type=int, default=150, help="steps between evaluations (default: %(default)s)")
-parser.add_argument("--log-every", type=int, default=50, help="steps between log lines (default: %(default)s)")
+parser.add_argument("--halve-every", type=positive, default=100,
+                    help="steps after which the rate halves (default: %(default)s)")
+parser.add_argument("--codes", type=positive, default=256, help="N, codes in the codebook (default: %(default)s)")
+parser.add_argument("--revive-every", type=positive, default=25,
+                    help="steps between revivals of dead codes (default: %(default)s)")
+parser.add_argument("--eval-every", type=positive, default=150, help="steps between evaluations (default: %(default)s)")
+parser.add_argument("--log-every", type=positive, default=50, help="steps between log lines (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
 
@@ -34,14 +36,13 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     data, out = open_data(args.data), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     if args.resume:
         model, state = load(out / "last.pt", "vq", device)
     else:
         model, state = MotionAutoencoder(VQConfig(data.channels // 3, codes=args.codes)).to(device), None
-        some = random_crops(data.splits["train"], args.window, 128)
-        model.start_from(torch.stack([data.motion(*crop) for crop in some if crop[2] - crop[1] == args.window]).to(device))
+        some = [data.motion(*crop) for crop in random_crops(data.splits["train"], args.window, 128)]
+        model.start_from(batch_of(some)[0].to(device))
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate)
     step, best, rows = 0, -float("inf"), []
     if state:
@@ -49,9 +50,12 @@ def main(args):
         optimiser.load_state_dict(state["optimiser"])
         step, best, rows = state["step"], state["best"], state["rows"]
         torch.set_rng_state(state["random"].cpu())
+        if device == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
     print(f"stage 1 on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
 
+    out.mkdir(parents=True, exist_ok=True)
     start, first = time.time(), step
     while step < args.steps:
         # 1. the rate: a short warm-up, then halved at fixed steps (as the paper's schedule, in steps)
@@ -80,19 +84,23 @@ def main(args):
         step += 1
 
         # 5. log
-        if step % args.log_every == 0 or step == args.steps:
+        evaluates = step % args.eval_every == 0 or step == args.steps
+        if step % args.log_every == 0 or evaluates:
             rows.append({"step": step} | {name: loss.item() for name, loss in losses.items()})
             print(f"step {step:5d}  rec {losses['motion']:.4f}  vq {losses['vq']:.4f}  "
-                  f"codes {len(indices.unique()):3d}/{args.codes}  {clock(start, step - first, args.steps - first)}", flush=True)
+                  f"codes {len(indices.unique()):3d}/{args.codes}  {clock(start, step - first, args.steps - first)}",
+                  flush=True)
 
         # 6. evaluate on whole unseen sentences, keep the best, save
-        if step % args.eval_every == 0 or step == args.steps:
+        if evaluates:
             figures = evaluate_reconstruction(model, data, "val")
             print(f"   validation  R2 {figures['r2']:.4f}  lip gap r {figures['gap_correlation']:.4f}  "
                   f"codes {figures['codes_used']}/{args.codes}  perplexity {figures['perplexity']:.1f}", flush=True)
             rows[-1] |= {"validation": figures}
             state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": max(best, figures["r2"]),
                      "random": torch.get_rng_state(), **data.identity()}
+            if device == "cuda":
+                state["random_cuda"] = torch.cuda.get_rng_state()
             if figures["r2"] > best:
                 best = figures["r2"]
                 save(out / "best.pt", model, **state)

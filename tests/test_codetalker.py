@@ -347,8 +347,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("content, said", [
-    (None, "no such checkpoint"), (b"", "not a checkpoint"), (b"hello", "not a checkpoint"), ("payload", "not a checkpoint"),
-    ({"weights": 1}, "not a checkpoint"), ("vq", "train_ar.py expected")])
+    (None, "no such checkpoint"), (b"", "not a whole checkpoint"), (b"hello", "not a checkpoint"), ("payload", "not a checkpoint"),
+    ({"weights": 1}, "not a whole checkpoint"), ("vq", "train_ar.py expected")])
 def test_load_refuses_in_one_line(tmp_path, content, said):
     path = tmp_path / "model.pt"
     if isinstance(content, bytes):

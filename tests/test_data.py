@@ -297,12 +297,12 @@ def test_the_lexicon_holds_every_english_phoneme():
 
 def test_segments_follow_the_words_without_gaps():
     rng = RNG(0)
-    segments, accents = data.schedule(["my", "mother", ",", "speak"], data.make_speaker(rng), rng)
+    segments, accents = data.schedule(["my", "mother", ",", "speak"], data.make_speaker(rng, 0.5), rng)
     assert [phone for *_, phone in segments] == "SIL M AY M AH DH ER SIL S P IY K SIL".split()
     assert segments[0][0] == 0 and all(a[1] == pytest.approx(b[0]) and b[0] < b[1] for a, b in zip(segments, segments[1:]))
     assert len(accents) == 2                                            # mother and speak are content words
     with pytest.raises(ValueError, match="zebra"):
-        data.schedule(["zebra"], data.make_speaker(rng), rng)
+        data.schedule(["zebra"], data.make_speaker(rng, 0.5), rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- the face
