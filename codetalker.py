@@ -28,7 +28,9 @@ Where this differs from the paper, and why; each note stands again at its line
     [norm]      no InstanceNorm by default. It normalises each channel over the whole clip, so the codes of a frame
                 depend on all later frames, which a causal transformer cannot know, and a face at rest is magnified.
     [loss]      stage 1 adds the squared error to the paper's L1. L1 alone settles on the median, and the median of a
-                muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it.
+                muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it. Stage 2
+                weighs its motion loss by 1/4: ours is in units of the motion's own size, the paper's in metres,
+                where it hardly counts beside the feature loss.
     [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one.
     [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch
                 axis), which is a constant; its transformers know no order, only its convolutions do.
@@ -66,13 +68,13 @@ class VQConfig:
 class ARConfig:
     """Sizes of stage 2. The paper's: d 1024, 6 layers (VOCASET), 4 heads, period = frames per second."""
     styles: int                     # K, one per training subject
-    fps: float                      # frames per second of the motion
     period: int = 30                # frames after which positions repeat
     width: int = 128                # d
     layers: int = 2
     heads: int = 4
     dropout: float = 0.1
     mel_bands: int = 64
+    motion_weight: float = 0.25     # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
 
 
@@ -383,8 +385,9 @@ def log_mel(audio, fps, frames, bands):
     on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
     looks at the window centred on (s + 1/2) / (fps * STEPS_PER_FRAME) seconds.
 
-    Raises ValueError if there is no sound. Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
-    lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count.
+    Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
+    lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count. Raises
+    ValueError if there is no sound.
     """
     if frames < 1 or len(audio) == 0:
         raise ValueError(f"sound for at least one frame expected, found {len(audio)} samples, {frames} frames")
@@ -546,7 +549,7 @@ class CodeTalker(nn.Module):
         mel (B, T * STEPS_PER_FRAME, bands), style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
         The losses are {"motion", "feature"}; the loss of stage 2 is their sum (equations 8 and 9),
-        MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
+        motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
         """
         assert mel.shape[1] == codes.shape[1] * STEPS_PER_FRAME, \
             f"{codes.shape[1]} frames need {codes.shape[1] * STEPS_PER_FRAME} audio steps, found {mel.shape[1]}"
@@ -564,7 +567,8 @@ class CodeTalker(nn.Module):
         z_hat = self.answer(fed, style, audio)
         z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
         target = quantiser.codebook[codes]                              # the codebook is frozen, so this is sg(z_q)
-        return z_hat, {"motion": masked_mean((self.autoencoder.decoder(z_q, lengths) - motion).square(), lengths),
+        error = self.autoencoder.decoder(z_q, lengths) - motion
+        return z_hat, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
                        "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
 
     @torch.no_grad()

@@ -768,7 +768,7 @@ def upper_face(segments, accents, times, style, rng):
             raised = rng.uniform(0.4, 1) * np.exp(-0.5 * ((times - moment) / rng.uniform(0.1, 0.2)) ** 2)
             brow_left += raised
             brow_right += raised
-    drift = gaussian_filter1d(rng.standard_normal((4, len(times) + 120)), 15, axis=1)[:, 60:-60] * 7    # variance near 1
+    drift = gaussian_filter1d(rng.standard_normal((4, len(times) + 120)), 15, axis=1)[:, 60:-60] * 7   # variance near 1
     brow_left += 0.12 * style.still * drift[0]
     brow_right += 0.12 * style.still * drift[0]
     brow_left *= 1 + style.lopsided

@@ -97,12 +97,12 @@ def main(args):
             print(f"   validation  R2 {figures['r2']:.4f}  lip gap r {figures['gap_correlation']:.4f}  "
                   f"codes {figures['codes_used']}/{args.codes}  perplexity {figures['perplexity']:.1f}", flush=True)
             rows[-1] |= {"validation": figures}
-            state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": max(best, figures["r2"]),
+            better, best = figures["r2"] > best, max(best, figures["r2"])
+            state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": best,
                      "random": torch.get_rng_state(), **data.identity()}
             if device == "cuda":
                 state["random_cuda"] = torch.cuda.get_rng_state()
-            if figures["r2"] > best:
-                best = figures["r2"]
+            if better:
                 save(out / "best.pt", model, **state)
             save(out / "last.pt", model, **state)
 
