@@ -6,10 +6,10 @@ speech only *choose from it* (stage 2): every frame it makes is decoded from cod
 
 Map of this file, in the order of the paper
     shared parts   time masks, attention, feed-forward                     used by both stages
-    stage 1        MotionEncoder, Quantiser, MotionDecoder, MotionAutoencoder                 section 3.1
-    audio          log_mel, AudioEncoder                                                      section 3.2
+    stage 1        MotionEncoder, Quantiser, MotionDecoder, MotionAutoencoder   paper: discrete facial motion space
+    audio          log_mel, AudioEncoder                                        paper: speech-driven motion synthesis
     stage 2        periodic positions, biased causal mask, frame-aligned cross-attention,
-                   CodeTalker: teacher-forced losses and free-running generation              section 3.2
+                   CodeTalker: the losses, and free-running generation          paper: speech-driven motion synthesis
     checkpoints    save, load
 
 The alphabet of shapes
@@ -186,7 +186,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
-# ===================================================================== stage 1: the discrete motion prior (section 3.1)
+# ===================================================================== stage 1: the discrete motion prior
 
 
 class Temporal(nn.Module):
@@ -252,7 +252,7 @@ class MotionDecoder(nn.Module):
 
 
 class Quantiser(nn.Module):
-    """The codebook: N vectors of width c; each feature is replaced by its nearest (section 3.1, equation 2).
+    """The codebook: N vectors of width c; each feature is replaced by its nearest.
 
     Hand example: the codebook {(0, 0), (1, 1)} and the feature (0.9, 0.6) have squared distances 1.17 and 0.17,
     so the feature becomes code 1, the vector (1, 1).
@@ -319,7 +319,7 @@ class MotionAutoencoder(nn.Module):
     def forward(self, motion, lengths=None):
         """Returns reconstruction (B, T, V*3), indices (B, T, H) and the losses {"motion", "vq"}.
 
-        The loss of stage 1 is their sum: L1(M_hat, M) + the quantiser's two terms (equation 3).
+        The loss of stage 1 is their sum: L1(M_hat, M) + the quantiser's two terms.
         """
         assert motion.shape[-1] == self.config.vertices * 3, \
             f"motion of {self.config.vertices} vertices expected, found {motion.shape[-1]} channels"
@@ -453,11 +453,11 @@ class AudioEncoder(nn.Module):
         return self.leave(x)
 
 
-# ===================================================================== stage 2: speech-driven code query (section 3.2)
+# ===================================================================== stage 2: speech-driven code query
 
 
 def periodic_positions(first, frames, period, width):
-    """Sinusoids that repeat every `period` frames, so that no length is ever out of range (FaceFormer, section 3.2).
+    """Sinusoids that repeat every `period` frames, so that no length is ever out of range (Fan et al. 2022).
 
     Rows first .. first + frames - 1 of the endless table, (frames, width) float32:
     P[t, 2i] = sin((t mod period) / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
@@ -471,7 +471,7 @@ def causal_bias(frames, period, heads):
     """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i.
 
     The last period is seen as it is, each one before it a little fainter; the slopes 4^-(h+1) for h = 0, 1, ...
-    give every head its own memory (FaceFormer, equation 5, after Press et al. 2022).
+    give every head its own memory (FaceFormer, Fan et al. 2022, after Press et al. 2022).
     """
     back = torch.arange(frames)[:, None] - torch.arange(frames)[None]   # i - j
     slope = 4.0 ** -torch.arange(1, heads + 1)
@@ -495,7 +495,7 @@ class DecoderLayer(nn.Module):
         """x (B, T, d); audio (B, T, k, d): the k audio steps of each frame; bias (heads, T, past and present)."""
         x = self.norm1(x + self.dropout(self.self_attention(x, bias=bias, cache=cache)))
         # Frame t looks at its own k audio steps and at no others: each frame is a little attention of its own,
-        # one query over k keys, and the mask of the paper (equation 6) need not be built.
+        # one query over k keys, and the paper's alignment mask need not be built.
         own = self.cross_attention(x.unsqueeze(2), audio).squeeze(2)    # (B, T, 1, d) over (B, T, k, d) -> (B, T, d)
         x = self.norm2(x + self.dropout(own))
         return self.norm3(x + self.dropout(self.feed_forward(x)))
@@ -548,7 +548,7 @@ class CodeTalker(nn.Module):
 
         mel (B, T * STEPS_PER_FRAME, bands), style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
-        The losses are {"motion", "feature"}; the loss of stage 2 is their sum (equations 8 and 9),
+        The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
         motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
         """
         assert mel.shape[1] == codes.shape[1] * STEPS_PER_FRAME, \

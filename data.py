@@ -1120,8 +1120,8 @@ def lip_vertex_error(made, true, lips):
 def dynamics(motion, upper_face):
     """Mean over the upper face's vertices of the standard deviation over time of the squared displacement.
 
-    FDD, the upper-face dynamics deviation, is this of the real motion minus this of the generated (CodeTalker,
-    section 4.2). motion (T, V, 3) -> float."""
+    FDD, the upper-face dynamics deviation, is this of the real motion minus this of the generated (CodeTalker's
+    measure). motion (T, V, 3) -> float."""
     return float(np.square(motion[:, upper_face]).sum(-1).std(0).mean())
 
 
@@ -1202,7 +1202,7 @@ def evaluate_generation(model, data, split, every_style=False):
     """Stage 2, free-running, on whole clips of a split: score() of what the model makes of their audio alone.
 
     A seen subject moves in its own style. A stranger has none: it is given one of the training styles, or with
-    every_style each of them in turn, and the figures are averaged (the paper's protocol, section 4.1).
+    every_style each of them in turn, and the figures are averaged (the paper's protocol).
     """
     clips, results, start = data.splits[split], [], time.time()
     strangers = sorted({clip.subject for clip in clips} - set(data.subjects))

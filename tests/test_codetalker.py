@@ -294,7 +294,8 @@ def test_stage2_losses_over_real_frames_by_hand():
     book = model.autoencoder.quantiser.codebook
     chosen = torch.cdist(z_hat.flatten(0, 2), book).argmin(1).view(codes.shape)
     made = model.autoencoder.decode(chosen, LENGTHS)
-    for name, weight, error in (("motion", 0.25, made - motion), ("feature", 1, (z_hat - book[codes]).flatten(2))):
+    for name, weight, error in (("motion", model.config.motion_weight, made - motion),
+                                ("feature", 1, (z_hat - book[codes]).flatten(2))):
         real = torch.cat([error[row, :length].flatten() for row, length in enumerate(LENGTHS)])
         assert losses[name].item() == pytest.approx(weight * real.square().mean().item(), rel=1e-4)
 
@@ -347,8 +348,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("content, said", [
-    (None, "no such checkpoint"), (b"", "not a whole checkpoint"), (b"hello", "not a checkpoint"), ("payload", "not a checkpoint"),
-    ({"weights": 1}, "not a whole checkpoint"), ("vq", "train_ar.py expected")])
+    (None, "no such checkpoint"), (b"", "not a whole checkpoint"), (b"hello", "not a whole checkpoint"),
+    ("payload", "not a whole checkpoint"), ({"weights": 1}, "not a whole checkpoint"), ("vq", "train_ar.py expected")])
 def test_load_refuses_in_one_line(tmp_path, content, said):
     path = tmp_path / "model.pt"
     if isinstance(content, bytes):
