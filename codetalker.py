@@ -29,7 +29,7 @@ Where this differs from the paper, and why; each note stands again at its line
                 depend on all later frames, which a causal transformer cannot know, and a face at rest is magnified.
     [loss]      stage 1 adds the squared error to the paper's L1. L1 alone settles on the median, and the median of a
                 muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it. Stage 2
-                weighs its motion loss by 1/4: ours is in units of the motion's own size, the paper's in metres,
+                weighs its motion loss by 1/10: ours is in units of the motion's own size, the paper's in metres,
                 where it hardly counts beside the feature loss.
     [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one.
     [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch
@@ -74,7 +74,7 @@ class ARConfig:
     heads: int = 4
     dropout: float = 0.1
     mel_bands: int = 64
-    motion_weight: float = 0.25     # [loss] of the motion loss; the paper: 1
+    motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
 
 
