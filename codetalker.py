@@ -10,7 +10,7 @@ Map of this file, in the order of the paper
     audio          log_mel, AudioEncoder                                        paper: speech-driven motion synthesis
     stage 2        periodic positions, biased causal mask, frame-aligned cross-attention,
                    CodeTalker: the losses, and free-running generation          paper: speech-driven motion synthesis
-    checkpoints    save, load
+    checkpoints    whole, save, load
 
 The alphabet of shapes
     B batch    T motion frames    V vertices    d model width    H codes per frame ("slots")
@@ -39,7 +39,9 @@ Where this differs from the paper, and why; each note stands again at its line
 """
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -599,14 +601,26 @@ class CodeTalker(nn.Module):
 # ================================================================================================== checkpoints
 
 
+@contextmanager
+def whole(path):
+    """Give a hidden sibling to write to: it becomes `path` when the block ends well, otherwise it goes."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}-{path.name}")    # keeps the ending: writers read the format off it
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(path, model, **rest):
     """Write a checkpoint, whole or not at all: configuration, weights, and what else the caller needs to resume."""
     state = {"stage": "ar" if isinstance(model, CodeTalker) else "vq", "weights": model.state_dict(), **rest}
     state["vq_config"] = asdict(model.autoencoder.config if state["stage"] == "ar" else model.config)
     if state["stage"] == "ar":
         state["ar_config"] = asdict(model.config)
-    torch.save(state, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    with whole(path) as part:
+        torch.save(state, part)
 
 
 def load(path, stage, device="cpu"):

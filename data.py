@@ -34,7 +34,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import Delaunay, cKDTree
 from torch.nn.utils.rnn import pad_sequence
 
-from codetalker import SAMPLE_RATE, log_mel
+from codetalker import SAMPLE_RATE, log_mel, whole
 
 FPS = 30                            # frames per second of the built-in speakers
 MOTIONS = ("jaw", "close", "protrude", "round", "spread", "raise_upper", "tuck",                        # the lips
@@ -316,8 +316,8 @@ def glottis(times, accents, voice, breath, speaker, rng):
     semitones = rng.uniform(1, 4) * fall + gaussian_filter1d(rng.normal(0, 3, n), 12)
     semitones += 12 / np.log(2) * speaker.jitter * rng.standard_normal(n)
     loudness = 0.3 * fall + gaussian_filter1d(rng.normal(0, 1.5, n), 20)
-    for time, strength in accents:
-        bump = strength * np.exp(-0.5 * ((times - time) / 0.08) ** 2)
+    for moment, strength in accents:
+        bump = strength * np.exp(-0.5 * ((times - moment) / 0.08) ** 2)
         semitones, loudness = semitones + speaker.melody * bump, loudness + 0.35 * bump
     curves = speaker.pitch * 2 ** (semitones / 12), voice * np.exp(loudness), breath
     pitch, voice, breath = (np.interp(np.arange(n * HOP) / HOP - 0.5, np.arange(n), y) for y in curves)
@@ -380,9 +380,9 @@ def record(audio, rng):
     """What some microphone in some room makes of it: level, tilt, echo, band limits, noise."""
     n = fft.next_fast_len(len(audio) + SAMPLE_RATE // 2, real=True)
     hertz = np.arange(n // 2 + 1) * SAMPLE_RATE / n + 1
-    time = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
+    seconds = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
     # The room's tail of echoes falls by 60 dB in 0.1 to 0.6 s.
-    room = rng.standard_normal(len(time)) * 10 ** (-3 * time / rng.uniform(0.1, 0.6))
+    room = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / rng.uniform(0.1, 0.6))
     room *= 0.4 * rng.random() ** 2 / np.sqrt(np.sum(room ** 2))
     room[0] += 1
     low, high = rng.uniform(30, 200), rng.uniform(4500, 12_000)
@@ -1075,11 +1075,12 @@ class DataSet:
 
     def check(self, state):
         """Raise ValueError if a checkpoint was not trained on data like these; take over its scale."""
+        trained, here = state["data"], self.identity()["data"]
         for name, what in (("channels", "motion channels"), ("fps", "frames per second")):
-            if state["data"][name] != self.identity()["data"][name]:
-                raise ValueError(f"the checkpoint was trained for {state['data'][name]:g} {what}, {self.folder} has "
-                                 f"{self.identity()['data'][name]:g}; name the folder it was trained on with --data")
-        self.scale, self.subjects = state["data"]["scale"], state["data"]["subjects"]
+            if trained[name] != here[name]:
+                raise ValueError(f"the checkpoint was trained for {trained[name]:g} {what}, {self.folder} has "
+                                 f"{here[name]:g}; name the folder it was trained on with --data")
+        self.scale, self.subjects = trained["scale"], trained["subjects"]
 
     def style(self, subject):
         """A training subject's style, (K,) one-hot."""
@@ -1272,7 +1273,8 @@ def clock(start, done, total):
 
 def write_figures(out, rows, test, args, losses):
     """figures.json (every logged row, the test split's figures, the flags) and loss.png beside the checkpoints."""
-    (out / "figures.json").write_text(json.dumps({"flags": vars(args), "test": test, "rows": rows}, indent=1))
+    with whole(out / "figures.json") as part:
+        part.write_text(json.dumps({"flags": vars(args), "test": test, "rows": rows}, indent=1))
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name in losses:

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from scipy.io import wavfile
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from codetalker import SAMPLE_RATE, load, log_mel
+from codetalker import SAMPLE_RATE, load, log_mel, whole
 from data import cannot, evaluate_generation, generate_clips, open_data, progress, read_wav
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,20 +237,9 @@ def code_colours(codes):
 # ==================================================================================================== writing
 
 
-@contextmanager
-def whole(path):
-    """Give a hidden sibling to write to: it becomes `path` when the block ends well, otherwise it goes."""
-    part = path.with_name(f".{os.getpid()}-{path.name}")    # keeps the ending: writers read the format off it
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_npy(path, vertices, data):
     """Vertices (T, V, 3) as (T, channels) float32, as stored in the data set, without the reader's padding."""
-    stored = np.load(next((data.folder / "vertices_npy").glob("*.npy")), mmap_mode="r")
+    stored = data.rows(data.splits["test"][0].name)
     with whole(path) as part:
         np.save(part, vertices.reshape(len(vertices), -1)[:, :stored[0].size])
 

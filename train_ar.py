@@ -1,6 +1,6 @@
 """Stage 2: let speech choose from the dictionary.
 
-    python train_ar.py                              after train_vq.py; about two minutes on a laptop
+    python train_ar.py                              after train_vq.py; three to four minutes on a laptop
     python train_ar.py --data FOLDER --vq runs/my_vq/best.pt --out runs/my_ar
 
 Every evaluation is free-running: the model feeds on its own codes, as it will in use. Teacher-forced losses fall

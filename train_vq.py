@@ -1,6 +1,6 @@
 """Stage 1: learn the dictionary of facial motion.
 
-    python train_vq.py                              the built-in speakers, about two minutes on a laptop
+    python train_vq.py                              the built-in speakers; a minute, their making included
     python train_vq.py --data FOLDER --out runs/my_vq
 
 Writes best.pt (best on the validation split), last.pt (to resume from), figures.json and loss.png into --out.
