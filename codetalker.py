@@ -7,16 +7,17 @@ speech only *choose from it* (stage 2): every frame it makes is decoded from cod
 Map of this file, in the order of the paper
     shared parts   time masks, attention, feed-forward                     used by both stages
     stage 1        MotionEncoder, Quantiser, MotionDecoder, MotionAutoencoder   paper: discrete facial motion space
-    audio          log_mel, AudioEncoder                                        paper: speech-driven motion synthesis
+    audio          log_mel, AudioEncoder; Wav2Vec2                              paper: speech-driven motion synthesis
     stage 2        periodic positions, biased causal mask, frame-aligned cross-attention,
                    CodeTalker: the losses, and free-running generation          paper: speech-driven motion synthesis
-    checkpoints    whole, save, load
+    checkpoints    whole, save, load; import_wav2vec2, import_released          the weights of others
 
 The alphabet of shapes
     B batch    T motion frames    V vertices    d model width    H codes per frame ("slots")
     c code width    N codes in the codebook    S audio steps    K speaking styles
 
-Where this differs from the paper, and why; each note stands again at its line
+Where this differs from the paper, and why; each note stands again at its line. The presets "vocaset" and "biwi" build
+the published models: with them [history], [own], [start], [norm], [loss] and [audio] are as in the paper.
     [history]   the transformer is fed the *codes* of the past frames, the paper feeds decoded vertices. Decoding a
                 prefix does not give the frames that decoding the whole gives, so the paper's history makes training
                 and generation two different functions; with codes they are one, and no decoder runs in the loop.
@@ -31,14 +32,22 @@ Where this differs from the paper, and why; each note stands again at its line
                 muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it. Stage 2
                 weighs its motion loss by 1/10: ours is in units of the motion's own size, the paper's in metres,
                 where it hardly counts beside the feature loss.
-    [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one.
+    [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one;
+                the importer puts the rest into the query's weights.
     [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch
-                axis), which is a constant; its transformers know no order, only its convolutions do.
+                axis), which is a constant; its transformers know no order, only its convolutions do. The importer
+                puts the constant into the bias of the linear layer before.
+    [first]     the first frame is fed style alone. The released code does so in generation; in training it adds the
+                bias of the history layer. The importer can put that into the styles instead.
     [batch]     batches of any size, with lengths; the released stage 2 stops at a batch of one.
     [audio]     a small convolutional encoder of log-mel bands, trained with the rest; the paper takes wav2vec 2.0.
+    [dropout]   where a branch joins the residual stream and nowhere else; the released layers also drop attention
+                weights, hidden units and, in wav2vec 2.0, whole layers.
 """
+import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,20 +55,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pad_sequence
 
 # ------------------------------------------------------------------------------------------------ configurations
 
 
 @dataclass
 class VQConfig:
-    """Sizes of stage 1. The defaults train on a laptop; the paper's are d 1024, 6 layers, 8 heads, MLP 1536."""
+    """Sizes of stage 1. The defaults train on a laptop; the paper's are in PRESETS."""
     vertices: int                   # V; a face without vertices (blendshapes) counts three channels as one
     width: int = 128                # d
     layers: int = 2                 # transformer blocks in the encoder, and as many in the decoder
     heads: int = 4
     hidden: int = 256               # width inside a feed-forward block
     slots: int = 16                 # H
-    code_width: int = 8             # c; H * c = d
+    code_width: int = 8             # c; H * c = d, unless
+    code_linear: bool = False       # a linear layer leads to the codes and one from them; the last has no bias (BIWI)
     codes: int = 256                # N
     beta: float = 0.25              # weight of the commitment loss
     instance_norm: bool = False     # [norm] the paper: True
@@ -68,7 +80,7 @@ class VQConfig:
 
 @dataclass
 class ARConfig:
-    """Sizes of stage 2. The paper's: d 1024, 6 layers (VOCASET), 4 heads, period = frames per second."""
+    """Sizes of stage 2. The defaults train on a laptop; the paper's are in PRESETS."""
     styles: int                     # K, one per training subject
     period: int = 30                # frames after which positions repeat
     width: int = 128                # d
@@ -78,6 +90,19 @@ class ARConfig:
     mel_bands: int = 64
     motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
+    history: str = "codes"          # [history] what is fed back; the paper: "motion"
+    wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
+    audio_steps: int = 1            # k, audio steps that a frame attends to; BIWI 2
+
+
+WAV2VEC2_BASE = {"convs": 512, "width": 768, "layers": 12, "heads": 12, "hidden": 3072}
+_PAPER1 = dict(width=1024, layers=6, heads=8, hidden=1536, instance_norm=True, squared=False)
+_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", wav2vec2=WAV2VEC2_BASE)
+PRESETS = {                         # fields of VQConfig, fields of ARConfig
+    "lite": ({}, {}),
+    "vocaset": (dict(slots=16, code_width=64, **_PAPER1), dict(layers=6, **_PAPER2)),
+    "biwi": (dict(slots=8, code_width=128, code_linear=True, **_PAPER1), dict(layers=12, audio_steps=2, **_PAPER2)),
+}
 
 
 # -------------------------------------------------------------------------------------- shared parts: time and masks
@@ -230,15 +255,18 @@ class MotionEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.slots * config.code_width == config.width, \
+        features = config.slots * config.code_width
+        assert config.code_linear or features == config.width, \
             f"H * c must equal d: {config.slots} * {config.code_width} is not {config.width}"
         self.slots = config.slots
         self.enter = nn.Linear(config.vertices * 3, config.width)
         self.temporal = Temporal(config)
+        self.to_codes = nn.Linear(config.width, features) if config.code_linear else nn.Identity()
 
     def forward(self, motion, lengths=None):
         x = F.leaky_relu(self.enter(motion), 0.2)                       # (B, T, d)
-        return self.temporal(x, lengths).unflatten(-1, (self.slots, -1))    # (B, T, H, c)
+        x = self.to_codes(self.temporal(x, lengths))                    # (B, T, H*c)
+        return x.unflatten(-1, (self.slots, -1))                        # (B, T, H*c) -> (B, T, H, c)
 
 
 class MotionDecoder(nn.Module):
@@ -246,11 +274,15 @@ class MotionDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        features = config.slots * config.code_width
+        self.from_codes = nn.Linear(features, config.width) if config.code_linear else nn.Identity()
         self.temporal = Temporal(config)
-        self.leave = nn.Linear(config.width, config.vertices * 3)
+        self.leave = nn.Linear(config.width, config.vertices * 3, bias=not config.code_linear)
 
-    def forward(self, z_q, lengths=None):
-        return self.leave(self.temporal(z_q.flatten(-2), lengths))      # (B, T, H*c = d) -> (B, T, V*3)
+    def forward(self, z_q, lengths=None, last=False):
+        """last: only the last frame's motion is wanted, (B, 1, V*3); what leads to it needs all frames all the same."""
+        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths)    # (B, T, H*c) -> (B, T, d)
+        return self.leave(x[:, -1:] if last else x)                     # (B, T, V*3)
 
 
 class Quantiser(nn.Module):
@@ -348,7 +380,8 @@ class MotionAutoencoder(nn.Module):
         unmix = torch.randn_like(mix).t() / width ** 0.5                # (k, d)
         self.decoder.leave.weight.copy_(directions @ unmix * size.norm() / len(size) ** 0.5)
         self.encoder.enter.bias.zero_()
-        self.decoder.leave.bias.zero_()
+        if self.decoder.leave.bias is not None:
+            self.decoder.leave.bias.zero_()
         self.quantiser.revive(self.encoder(motion), everything=True)
 
     def encode(self, motion, lengths=None):
@@ -356,9 +389,9 @@ class MotionAutoencoder(nn.Module):
         z_e = self.encoder(motion, lengths)
         return self.quantiser.nearest(z_e).view(z_e.shape[:-1])
 
-    def decode(self, indices, lengths=None):
-        """Codes (B, T, H) -> motion (B, T, V*3)."""
-        return self.decoder(self.quantiser.codebook[indices], lengths)
+    def decode(self, indices, lengths=None, last=False):
+        """Codes (B, T, H) -> motion (B, T, V*3), or of the last frame alone (B, 1, V*3)."""
+        return self.decoder(self.quantiser.codebook[indices], lengths, last)
 
 
 # ================================================================================= audio: the front end and the encoder
@@ -455,6 +488,93 @@ class AudioEncoder(nn.Module):
         return self.leave(x)
 
 
+# ---------------------------------------------------------------------------------- audio, the paper's way: wav2vec 2.0
+
+WAV2VEC2_WINDOW, WAV2VEC2_HOP = 400, 320    # samples: one step hears 25 ms, steps are 20 ms apart: 50 Hz
+KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)    # of its convolutions; they make up the two above
+
+
+class Wav2Vec2Layer(nn.Module):
+    """A post-norm transformer block: norm(x + attention(x)), then norm(x + feed_forward(x))."""
+
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.feed_forward = FeedForward(width, hidden, nn.GELU())
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+
+class Wav2Vec2(nn.Module):
+    """[audio] wav2vec 2.0 (Baevski et al. 2020), base size: convolutions on the waveform, then a transformer.
+
+    It was taught on 960 hours of speech to fill in what was masked, then to spell. The convolutions stay as they are,
+    the rest is trained on, as in the paper. One waveform at a time: the norm behind its first convolution runs over
+    all of the recording, so a padded batch would hear its padding.
+    """
+
+    def __init__(self, convs, width, layers, heads, hidden):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(convs if i else 1, convs, kernel, stride, bias=False)
+                                   for i, (kernel, stride) in enumerate(zip(KERNELS, STRIDES)))
+        self.conv_norm = nn.GroupNorm(convs, convs)                     # each channel over time: InstanceNorm, affine
+        for frozen in (self.convs, self.conv_norm):
+            frozen.requires_grad_(False)
+        self.project_norm, self.project = nn.LayerNorm(convs), nn.Linear(convs, width)
+        self.masked = nn.Parameter(torch.rand(width))                   # stands where a step is masked
+        # Positions are relative: a wide grouped convolution over time, its weights as gain * direction.
+        self.positions = weight_norm(nn.Conv1d(width, width, 128, padding=64, groups=16), dim=2)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(Wav2Vec2Layer(width, heads, hidden) for _ in range(layers))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, wave, frames, k):
+        """wave (samples,), 16 kHz, mean 0, variance 1 -> (frames * k, width): k steps to each motion frame.
+
+        k = 1: the steps are resampled to the frames, before the transformer. k = 2: they stay at 50 Hz, two to a frame
+        at 25 frames per second; surplus steps go, missing ones repeat the last.
+        """
+        x = F.pad(wave, (0, max(0, WAV2VEC2_WINDOW - len(wave))))[None, None]       # (1, 1, samples)
+        with torch.no_grad():
+            for i, conv in enumerate(self.convs):
+                x = conv(x)
+                x = F.gelu(self.conv_norm(x) if i == 0 else x)          # (1, convs, S)
+        if k == 1:
+            x = F.interpolate(x, size=frames, mode="linear", align_corners=True)
+        else:
+            x = F.pad(x[..., :frames * k], (0, max(0, frames * k - x.shape[-1])), mode="replicate")
+        x = self.dropout(self.project(self.project_norm(x.transpose(1, 2))))        # (1, convs, S) -> (1, S, width)
+        if self.training:                                               # SpecAugment: ten steps, here and there
+            starts = (torch.rand(1, 1, x.shape[1], device=x.device) < 0.05 / 10).float()
+            is_masked = F.max_pool1d(F.pad(starts, (9, 0)), 10, stride=1)[0, 0] > 0
+            x = torch.where(is_masked[None, :, None], self.masked.to(x.dtype), x)
+        position = self.positions(x.transpose(1, 2))[..., :-1]          # an even kernel gives one step too many
+        x = self.dropout(self.norm(x + F.gelu(position).transpose(1, 2)))
+        for layer in self.layers:
+            x = layer(x)
+        return x[0]
+
+
+def frames_in(samples, fps, config):
+    """How many motion frames a recording of so many samples (16 kHz) makes: those whose sound is heard in full."""
+    seconds = samples / SAMPLE_RATE
+    if config.wav2vec2:
+        seconds = ((samples - WAV2VEC2_WINDOW) // WAV2VEC2_HOP + 1) * WAV2VEC2_HOP / SAMPLE_RATE
+    return max(1, int(seconds * fps + 1e-6))
+
+
+def prepare(audio, fps, frames, config):
+    """A recording (samples,), 16 kHz, as the model of this ARConfig hears it: log-mel steps (frames * STEPS_PER_FRAME,
+    bands), or for wav2vec 2.0 the waveform at mean 0, variance 1, (samples,)."""
+    if not config.wav2vec2:
+        return log_mel(audio, fps, frames, config.mel_bands)
+    return (audio - audio.mean()) / (audio.var(correction=0) + 1e-7).sqrt()
+
+
 # ===================================================================== stage 2: speech-driven code query
 
 
@@ -503,15 +623,23 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
+LONGEST_PREFIX = 600                # frames; the released code ends here, we go on with the last so many
+
+
 class CodeTalker(nn.Module):
     """Stage 2: an autoregressive transformer that asks the frozen codebook of stage 1 for the next frame."""
 
     def __init__(self, config, autoencoder):
         super().__init__()
         self.config, self.autoencoder = config, autoencoder.requires_grad_(False).eval()
-        features = autoencoder.config.width                             # H * c
-        self.audio_encoder = AudioEncoder(config)
-        self.history = nn.Linear(features, config.width)
+        stage1 = autoencoder.config
+        features = stage1.slots * stage1.code_width                     # H * c
+        if config.wav2vec2:
+            self.audio_encoder = Wav2Vec2(**config.wav2vec2)
+            self.audio_map = nn.Linear(config.wav2vec2["width"], config.width)
+        else:
+            self.audio_encoder = AudioEncoder(config)
+        self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
         self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.query = nn.Linear(config.width, features, bias=False)
@@ -523,78 +651,95 @@ class CodeTalker(nn.Module):
         self.autoencoder.eval()                                         # stage 1 stays as it is
         return self
 
+    def listen(self, sound, lengths):
+        """Sound as `prepare` gives it -> features (B, T, k, d): k audio steps to each frame.
+
+        Log-mel steps come as one batch (B, T * STEPS_PER_FRAME, bands); waveforms as a list, since wav2vec 2.0 hears
+        each alone, and then lengths (B,) must say how many frames each lasts.
+        """
+        if not self.config.wav2vec2:
+            return self.audio_encoder(sound, lengths).unsqueeze(2)      # (B, T, 1, d)
+        k = self.config.audio_steps
+        features = [self.audio_encoder(wave, int(frames), k) for wave, frames in zip(sound, lengths)]
+        return self.audio_map(pad_sequence(features, batch_first=True)).unflatten(1, (-1, k))   # (B, T*k, d)
+
     def embed(self, past, style, first=0):
         """The transformer's input for frames first, first + 1, ...: history + style + periodic position.
 
-        past (B, T, H*c): the quantised features of the frame before each; style (B, K) weights of the training
-        subjects' styles (one-hot, or a mix that sums to 1). Frame 0 has no past and is fed style alone.
+        past: what is fed back of the frame before each, quantised features (B, T, H*c) or motion (B, T, V*3); style
+        (B, K) weights of the training subjects' styles (one-hot, or a mix that sums to 1). Frame 0 has no past and is
+        fed style alone.
         """
         x = self.history(past)                                          # [history]
-        if first == 0:
+        if first == 0:                                                  # [first]
             x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
         position = periodic_positions(first, past.shape[1], self.config.period, self.config.width)
         return self.dropout(x + (style @ self.style)[:, None] + position.to(x))
 
     def answer(self, fed, style, audio):
-        """What the transformer says to a whole history at once: codes fed (B, T, H), frame t sees those before it,
-        style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
-        past = self.autoencoder.quantiser.codebook[fed].flatten(2).roll(1, dims=1)      # (B, T, H*c), the predecessors
-        x = self.embed(past, style)
+        """What the transformer says to a whole history at once: fed (B, T, H*c or V*3), of which frame t sees what is
+        before it, style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
+        x = self.embed(fed.roll(1, dims=1), style)                      # each frame's predecessor
         bias = causal_bias(x.shape[1], self.config.period, self.config.heads).to(x.device)
         for layer in self.layers:
             x = layer(x, audio, bias)
-        return self.query(x).unflatten(-1, (fed.shape[2], -1))          # (B, T, H*c) -> (B, T, H, c)
+        return self.query(x).unflatten(-1, (self.autoencoder.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
 
-    def forward(self, mel, style, codes, motion, lengths=None, own=0.0):
+    def forward(self, sound, style, codes, motion, lengths=None, own=0.0):
         """All frames are answered at once, given a history; returns z_hat (B, T, H, c) and the losses.
 
-        mel (B, T * STEPS_PER_FRAME, bands), style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
+        sound as for `listen`, style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
         The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
         motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
         """
-        assert mel.shape[1] == codes.shape[1] * STEPS_PER_FRAME, \
-            f"{codes.shape[1]} frames need {codes.shape[1] * STEPS_PER_FRAME} audio steps, found {mel.shape[1]}"
+        batch, frames, _ = codes.shape
         quantiser = self.autoencoder.quantiser
-        audio = self.audio_encoder(mel, lengths).unsqueeze(2)           # (B, T, 1, d): one step a frame
-        fed = codes
+        audio = self.listen(sound, [frames] * batch if lengths is None and self.config.wav2vec2 else lengths)
+        assert audio.shape[1] == frames, f"sound for {frames} frames expected, found enough for {audio.shape[1]}"
+        target = quantiser.codebook[codes]                              # (B, T, H, c); frozen, so this is sg(z_q)
+        fed = motion if self.config.history == "motion" else target.flatten(2)      # teacher forcing
         if own > 0:
+            assert self.config.history == "codes", "own answers can be fed back as codes only"
             # The model's own history, all frames at once: what it says when told a history of random codes. Nothing
             # of the truth leaks into it; the frame-by-frame history would take T passes instead of one.
             with torch.no_grad():
                 random_codes = torch.randint_like(codes, len(quantiser.codebook))
-                said = quantiser.nearest(self.answer(random_codes, style, audio)).view(codes.shape)
+                said = self.answer(quantiser.codebook[random_codes].flatten(2), style, audio)
+                said = quantiser.codebook[quantiser.nearest(said)].view_as(fed)             # (B, T, H*c)
             is_own = torch.rand(codes.shape[:2], device=codes.device)[..., None] < own      # (B, T, 1)
-            fed = torch.where(is_own, said, codes)
+            fed = torch.where(is_own, said, fed)
         z_hat = self.answer(fed, style, audio)
         z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
-        target = quantiser.codebook[codes]                              # the codebook is frozen, so this is sg(z_q)
         error = self.autoencoder.decoder(z_q, lengths) - motion
         return z_hat, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
                        "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
 
     @torch.no_grad()
-    def generate(self, mel, style, lengths=None):
+    def generate(self, sound, style, lengths=None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
         sequence changes nothing before its end.
 
-        mel (B, T * STEPS_PER_FRAME, bands), style (B, K) -> motion (B, T, V*3), codes (B, T, H).
+        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H).
         """
         assert not self.training, "generation is for evaluation: call model.eval() first"
-        quantiser, stage1 = self.autoencoder.quantiser, self.autoencoder.config
-        audio = self.audio_encoder(mel, lengths).unsqueeze(2)           # (B, T, 1, d)
-        frames = audio.shape[1]
-        bias = causal_bias(frames, self.config.period, self.config.heads).to(mel.device)
+        quantiser, slots = self.autoencoder.quantiser, self.autoencoder.config.slots
+        audio = self.listen(sound, lengths)                             # (B, T, k, d)
+        batch, frames, device = len(audio), audio.shape[1], audio.device
+        bias = causal_bias(frames, self.config.period, self.config.heads).to(device)
         caches = [{} for _ in self.layers]                              # keys and values of the frames so far
-        past = torch.zeros(len(mel), 1, stage1.width, device=mel.device)
-        codes = torch.empty(len(mel), frames, stage1.slots, dtype=torch.long, device=mel.device)
+        past = torch.zeros(batch, 1, self.history.in_features, device=device)
+        codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
         for t in range(frames):
             x = self.embed(past, style, first=t)                        # (B, 1, d)
             for layer, cache in zip(self.layers, caches):
                 x = layer(x, audio[:, t:t + 1], bias[:, t:t + 1, :t + 1], cache)
-            z_hat = self.query(x).view(len(mel), stage1.slots, -1)      # (B, H, c)
-            codes[:, t] = quantiser.nearest(z_hat).view(len(mel), -1)
-            past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]  # (B, 1, H*c)
+            z_hat = self.query(x).view(batch, slots, -1)                # (B, H, c)
+            codes[:, t] = quantiser.nearest(z_hat).view(batch, slots)
+            if self.config.history == "codes":
+                past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]                  # (B, 1, H*c)
+            else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
+                past = self.autoencoder.decode(codes[:, max(0, t + 1 - LONGEST_PREFIX):t + 1], last=True)
         return self.autoencoder.decode(codes, lengths), codes
 
 
@@ -644,3 +789,161 @@ def load(path, stage, device="cpu"):
     if found != stage:
         raise ValueError(f"{path}: a checkpoint of train_{stage}.py expected, found one of train_{found}.py")
     return model.to(device).eval(), state
+
+
+# ------------------------------------------------------------------------------------------- the weights of others
+
+
+def read_weights(path):
+    """The tensors {name: tensor} of a stranger's file, .safetensors or PyTorch's; nothing in it is executed.
+
+    Raises ValueError, in one line, when it is missing or neither.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":     # 8 bytes: length of the header; the header, JSON; the numbers
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                assert length < os.path.getsize(path)
+                header = json.loads(file.read(length))
+                numbers = file.read()
+            kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+            return {name: torch.frombuffer(bytearray(numbers[slice(*entry["data_offsets"])]),
+                                           dtype=kinds[entry["dtype"]]).view(entry["shape"]).float()
+                    for name, entry in header.items() if name != "__metadata__"}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: a file of weights expected, PyTorch's or .safetensors "
+                         f"({type(error).__name__})") from None
+
+
+# Their names -> ours: regular expressions, replaced one after another.
+WAV2VEC2_NAMES = (
+    (r"feature_extractor\.conv_layers\.0\.layer_norm", "conv_norm"),
+    (r"feature_extractor\.conv_layers\.(\d)\.conv", r"convs.\1"),
+    (r"feature_projection\.layer_norm", "project_norm"),
+    (r"feature_projection\.projection", "project"),
+    (r"masked_spec_embed", "masked"),
+    (r"encoder\.layer_norm", "norm"),
+    (r"encoder\.pos_conv_embed\.conv", "positions"),
+    (r"weight_g$", "parametrizations.weight.original0"),                # gain and direction, as PyTorch now names them
+    (r"weight_v$", "parametrizations.weight.original1"),
+    (r"encoder\.layers", "layers"),
+    (r"\.final_layer_norm", ".norm2"), (r"\.layer_norm", ".norm1"),
+    (r"\.q_proj", ".query"), (r"\.k_proj", ".key"), (r"\.v_proj", ".value"), (r"\.out_proj", ".out"),
+    (r"intermediate_dense", "0"), (r"output_dense", "2"),
+)
+STAGE1_NAMES = (
+    (r"quantize\.embedding\.weight", "quantiser.codebook"),
+    (r"vertice_mapping\.0", "enter"), (r"vertice_map_reverse", "leave"),
+    (r"(squasher|expander)\.0\.0", "temporal.conv.conv"),
+    (r"\w+_linear_embedding\.net", "temporal.linear"),
+    (r"\w+_linear_embedding_post\.net", "to_codes"), (r"\w+_linear_embedding_pre\.net", "from_codes"),
+    # attention and feed-forward count as two: net 0 and 1 are block 0, net 2 and 3 block 1
+    (r"\w+_transformer\.net\.(\d+)\.fn", lambda m: f"temporal.blocks.{int(m[1]) // 2}.{int(m[1]) % 2 + 1}"),
+    (r"(\d)\.norm", r"norm\1"),
+    (r"1\.fn\.to_qkv", "attention.qkv"), (r"1\.fn\.to_out", "attention.out"),
+    (r"2\.fn\.l1", "feed_forward.0"), (r"2\.fn\.l2", "feed_forward.2"),
+)
+STAGE2_NAMES = (
+    (r"audio_feature_map", "audio_map"), (r"vertice_map", "history"), (r"feat_map", "query"),
+    (r"learnable_style_emb\.weight", "style"),
+    (r"transformer_decoder\.layers", "layers"),
+    (r"self_attn", "self_attention"), (r"multihead_attn", "cross_attention"),
+    (r"in_proj_", "qkv."), (r"out_proj", "out"),
+    (r"linear1", "feed_forward.0"), (r"linear2", "feed_forward.2"),
+)
+
+
+def rename(weights, table):
+    """{name: tensor} under other names; a tensor that holds query, key and value becomes three."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for theirs, ours in table:
+            name = re.sub(theirs, ours, name)
+        parts = zip(("query", "key", "value"), tensor.chunk(3)) if "qkv" in name else [("", tensor)]
+        renamed |= {name.replace("qkv", part): rows for part, rows in parts}
+    return renamed
+
+
+def count(weights, pattern):
+    """How many layers: one more than the largest number that stands for the group in a name's pattern."""
+    return 1 + max(int(found[1]) for found in (re.match(pattern, name) for name in weights) if found)
+
+
+def sizes_of_wav2vec2(weights, heads):
+    """The sizes of WAV2VEC2_BASE, read off weights under our names; of the heads they tell nothing."""
+    width, convs = weights["project.weight"].shape
+    return {"convs": convs, "width": width, "layers": count(weights, r"layers\.(\d+)"), "heads": heads,
+            "hidden": len(weights["layers.0.feed_forward.0.bias"])}
+
+
+def import_wav2vec2(path):
+    """wav2vec2-base as its authors publish it, pytorch_model.bin or model.safetensors: its sizes and the model.
+
+    Raises ValueError, in one line, for another file. Of a version fine-tuned to spell, the last layer is left out.
+    """
+    theirs = {name.removeprefix("wav2vec2."): tensor for name, tensor in read_weights(path).items()}
+    try:
+        weights = rename({name: theirs[name] for name in theirs if not name.startswith("lm_head.")}, WAV2VEC2_NAMES)
+        heads = max(1, len(weights["masked"]) // 64)                    # 64 wide in all published sizes
+        sizes = sizes_of_wav2vec2(weights, heads)
+        model = Wav2Vec2(**sizes)
+        model.load_state_dict(weights)
+        return sizes, model
+    except Exception as error:
+        raise ValueError(f"{path}: the weights of wav2vec2-base expected "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+
+
+def import_released(stage1, stage2, heads=(8, 4, 12), trains=False):
+    """The authors' checkpoints of both stages, VOCASET's or BIWI's -> CodeTalker in eval mode, for motion in the data's
+    own unit. What they do oddly goes into the weights.
+
+    Sizes are read off the weights; heads, of which they tell nothing, are those of stage 1, stage 2 and wav2vec 2.0.
+    trains: [first] the first token as in the released training (style + bias) instead of its generation (style).
+    Raises ValueError, in one line, for other files.
+    """
+    path = stage1
+    try:
+        weights = rename(read_weights(stage1), STAGE1_NAMES)
+        width, channels = weights["encoder.enter.weight"].shape
+        codes, code_width = weights["quantiser.codebook"].shape
+        has_linear = "encoder.to_codes.weight" in weights               # BIWI's
+        features = len(weights["encoder.to_codes.weight"]) if has_linear else width     # H*c
+        stage1_config = VQConfig(
+            channels // 3, width, count(weights, r"encoder\.temporal\.blocks\.(\d+)"), heads[0],
+            len(weights["encoder.temporal.blocks.0.feed_forward.0.bias"]), features // code_width, code_width,
+            has_linear, codes, instance_norm=True, squared=False)
+        for side in ("encoder", "decoder"):
+            constant = weights.pop(f"{side}.{side}_pos_embedding.pe").reshape(-1, width)[0]
+            weights[f"{side}.temporal.linear.bias"] += constant         # [position]
+        for name in weights:
+            if name.endswith("query.weight"):
+                weights[name] = weights[name] * heads[0] ** -0.5        # [scale] sqrt(d / heads) / sqrt(d)
+        autoencoder = MotionAutoencoder(stage1_config)
+        autoencoder.load_state_dict(weights | {"quantiser.uses": torch.zeros(codes)})
+
+        path, theirs = stage2, read_weights(stage2)
+        table = theirs.pop("PPE.pe")[0]                                 # (frames, d); its rows repeat after a period
+        period = next((row for row in range(1, len(table)) if torch.equal(table[row], table[0])), len(table))
+        audio = rename({name.removeprefix("audio_encoder."): theirs.pop(name) for name in list(theirs)
+                        if name.startswith("audio_encoder.")}, WAV2VEC2_NAMES)
+        weights = rename(theirs, STAGE2_NAMES)
+        styles, width = weights["style"].shape
+        if trains:                                                      # [first] the bias moves into every style
+            weights["style"] = weights["style"] + weights["history.bias"]
+            weights["history.bias"] = torch.zeros(width)
+        config = ARConfig(styles, period, width, count(weights, r"layers\.(\d+)"), heads[1], motion_weight=1.0,
+                          history="motion", audio_steps=2 if has_linear else 1,
+                          wav2vec2=sizes_of_wav2vec2(audio, heads[2]))
+        model = CodeTalker(config, autoencoder)
+        model.load_state_dict(weights | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}
+                              | {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()})
+        return model.eval()
+    except Exception as error:
+        raise ValueError(f"{path}: a released checkpoint of stage {1 if path == stage1 else 2} expected "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None

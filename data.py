@@ -34,7 +34,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import Delaunay, cKDTree
 from torch.nn.utils.rnn import pad_sequence
 
-from codetalker import SAMPLE_RATE, log_mel, whole
+from codetalker import SAMPLE_RATE, prepare, whole
 
 FPS = 30                            # frames per second of the built-in speakers
 MOTIONS = ("jaw", "close", "protrude", "round", "spread", "raise_upper", "tuck",                        # the lips
@@ -924,7 +924,7 @@ class DataSet:
     """
 
     def __init__(self, folder):
-        self.folder, self.notes, self.mels = Path(folder), [], {}
+        self.folder, self.notes, self.sounds = Path(folder), [], {}
         if not (self.folder / "vertices_npy").is_dir():
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, "
                              f"found {'no vertices_npy/' if self.folder.is_dir() else 'no such folder'}")
@@ -1062,12 +1062,13 @@ class DataSet:
         """Back from the model's motion (T, V*3) to vertices (T, V, 3) float32 of a subject, in the data's unit."""
         return (np.asarray(motion, np.float32) * self.scale + self.templates[subject]).reshape(len(motion), -1, 3)
 
-    def mel(self, clip, bands):
-        """The clip as the audio encoder hears it, (T * STEPS_PER_FRAME, bands); computed once and kept."""
-        if clip.name not in self.mels:
+    def sound(self, clip, config, start=0, stop=None):
+        """Frames start..stop of a clip as a model of this ARConfig hears them (`prepare`); computed once and kept."""
+        if clip.name not in self.sounds:
             audio = torch.from_numpy(read_wav(self.wav(clip)))
-            self.mels[clip.name] = log_mel(audio, self.fps, clip.frames, bands)
-        return self.mels[clip.name]
+            self.sounds[clip.name] = prepare(audio, self.fps, clip.frames, config)
+        heard, stop = self.sounds[clip.name], clip.frames if stop is None else stop
+        return heard[len(heard) * start // clip.frames:len(heard) * stop // clip.frames]
 
     def identity(self):
         """What a checkpoint must remember of its data."""
@@ -1096,6 +1097,11 @@ class DataSet:
 def batch_of(sequences):
     """Sequences (T_i, ...) -> one batch (B, T, ...), zeros behind the short ones, and their lengths (B,)."""
     return pad_sequence(sequences, batch_first=True), torch.tensor([len(sequence) for sequence in sequences])
+
+
+def batch_of_sounds(sounds, config, device):
+    """What CodeTalker.listen takes: log-mel steps become one batch, waveforms stay a list."""
+    return [wave.to(device) for wave in sounds] if config.wav2vec2 else batch_of(sounds)[0].to(device)
 
 
 def random_crops(clips, window, count):
@@ -1217,16 +1223,17 @@ def evaluate_generation(model, data, split, every_style=False):
     return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
 
 
-def generate_clips(model, data, clips, styles, at_once=40):
+def generate_clips(model, data, clips, styles):
     """Motion (T, V*3) and codes (T, H), on the CPU, for the audio of each clip in the style of a training subject."""
     device, made, codes = next(model.parameters()).device, [None] * len(clips), [None] * len(clips)
     model.eval()
     order = sorted(range(len(clips)), key=lambda i: clips[i].frames)        # neighbours in length share a batch
+    at_once = max(1, min(40, 40_000_000 // (data.channels * clips[order[-1]].frames)))     # bounds the memory
     for chosen in (order[i:i + at_once] for i in range(0, len(order), at_once)):
-        mel, _ = batch_of([data.mel(clips[i], model.config.mel_bands) for i in chosen])
+        sound = batch_of_sounds([data.sound(clips[i], model.config) for i in chosen], model.config, device)
         lengths = torch.tensor([clips[i].frames for i in chosen])
         style = torch.stack([data.style(styles[i]) for i in chosen])
-        motion, indices = model.generate(mel.to(device), style.to(device), lengths.to(device))
+        motion, indices = model.generate(sound, style.to(device), lengths.to(device))
         for row, i in enumerate(chosen):
             made[i], codes[i] = motion[row, :lengths[row]].float().cpu(), indices[row, :lengths[row]].cpu()
     return made, codes

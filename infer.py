@@ -33,8 +33,8 @@ from scipy.io import wavfile
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from codetalker import SAMPLE_RATE, load, log_mel, whole
-from data import cannot, evaluate_generation, generate_clips, open_data, progress, read_wav
+from codetalker import SAMPLE_RATE, frames_in, import_released, load, prepare, whole
+from data import batch_of_sounds, cannot, evaluate_generation, generate_clips, open_data, progress, read_wav
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--wav", help="speech, PCM or float (default: the first test clip, beside its truth)")
@@ -42,6 +42,8 @@ parser.add_argument("--style", help="way of speaking: a training subject or a we
                                     "(default: the clip's own, or the first trained on)")
 parser.add_argument("--subject", help="whose face is moved (default: the clip's; with --wav the style's first)")
 parser.add_argument("--ar", default="runs/ar/best.pt", help="checkpoint of stage 2 (default: %(default)s)")
+parser.add_argument("--released", nargs=2, metavar=("STAGE1", "STAGE2"),
+                    help="the authors' checkpoints of both stages instead of --ar")
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--out", help="file to write (default: talk.html); with --test a folder for every clip's "
                                   ".npy (default: none)")
@@ -69,8 +71,14 @@ def main(args):
         if out.suffix == ".mp4" and not shutil.which("ffmpeg"):
             raise ValueError("mp4 needs ffmpeg on the PATH: install it, or use --out talk.html")
     torch.manual_seed(0)                        # compress() is randomised: same input, same page
-    model, state = load(args.ar, "ar", device)
-    data = open_data(args.data)
+    if args.released:
+        model, data = import_released(*args.released).to(device), open_data(args.data)
+        names = data.subjects if len(data.subjects) == model.config.styles else map(str, range(model.config.styles))
+        state = {"data": {"channels": 3 * model.autoencoder.config.vertices, "fps": model.config.period, "scale": 1.0,
+                          "subjects": list(names)}}
+    else:
+        model, state = load(args.ar, "ar", device)
+        data = open_data(args.data)
     data.check(state)
     if args.test:
         return test(model, data, Path(args.ar).parent, args.out and Path(args.out))
@@ -80,7 +88,7 @@ def main(args):
     # 1. what is said, in whose style, with whose face
     clip = None if args.wav else data.splits["test"][0]
     audio = read_wav(args.wav or data.wav(clip))
-    frames = clip.frames if clip else max(1, int(len(audio) / SAMPLE_RATE * data.fps))
+    frames = clip.frames if clip else frames_in(len(audio), data.fps, model.config)
     own = clip and clip.subject in data.subjects
     said = args.style or (clip.subject if own else data.subjects[0])
     style, first = read_style(said, data)
@@ -90,8 +98,8 @@ def main(args):
 
     # 2. speak
     start = time.time()
-    mel = log_mel(torch.from_numpy(audio), data.fps, frames, model.config.mel_bands)
-    motion, codes = model.generate(mel[None].to(device), style[None].to(device))
+    sound = batch_of_sounds([prepare(torch.from_numpy(audio), data.fps, frames, model.config)], model.config, device)
+    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device))
     made, codes = data.vertices(motion[0].cpu(), subject), codes[0].cpu().numpy()
     print(f"{frames / data.fps:.1f} s of speech in {time.time() - start:.1f} s on {device}, "
           f"{subject}'s face, style {said}")

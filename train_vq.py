@@ -2,6 +2,7 @@
 
     python train_vq.py                              the built-in speakers; a minute, their making included
     python train_vq.py --data FOLDER --out runs/my_vq
+    python train_vq.py --data VOCASET --preset vocaset        the published model: hours on a GPU
 
 Writes best.pt (best on the validation split), last.pt (to resume from), figures.json and loss.png into --out.
 """
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from codetalker import MotionAutoencoder, VQConfig, load, save
+from codetalker import PRESETS, MotionAutoencoder, VQConfig, load, save
 from data import batch_of, cannot, clock, evaluate_reconstruction, open_data, positive, random_crops, write_figures
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
+parser.add_argument("--preset", choices=PRESETS, default="lite",
+                    help="sizes and schedule: one for laptops, the two published (default: %(default)s)")
 parser.add_argument("--out", default="runs/vq", help="folder for the results (default: %(default)s)")
 parser.add_argument("--steps", type=positive, default=450, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=positive, default=8, help="sequences in a batch (default: %(default)s)")
@@ -31,6 +34,11 @@ parser.add_argument("--log-every", type=positive, default=50, help="steps betwee
 parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
 
+# The paper's schedule where a preset asks for it: 200 epochs of 320 (VOCASET) or 192 (BIWI) sentences, one whole
+# sentence a step, the rate halved every 20 epochs (VOCASET) or never. Flags that are given have the last word.
+SCHEDULES = {"lite": {}, "vocaset": dict(steps=64_000, halve_every=6_400), "biwi": dict(steps=38_400, halve_every=38_400)}
+PAPER = dict(batch=1, window=100_000, rate=1e-4, eval_every=3_200, log_every=100)
+
 
 def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,9 +48,13 @@ def main(args):
     if args.resume:
         model, state = load(out / "last.pt", "vq", device)
     else:
-        model, state = MotionAutoencoder(VQConfig(data.channels // 3, codes=args.codes)).to(device), None
-        some = [data.motion(*crop) for crop in random_crops(data.splits["train"], args.window, 128)]
-        model.start_from(batch_of(some)[0].to(device))
+        sizes, _ = PRESETS[args.preset]
+        model, state = MotionAutoencoder(VQConfig(data.channels // 3, codes=args.codes, **sizes)).to(device), None
+        if args.preset == "lite":                                       # [start]
+            some = [data.motion(*crop) for crop in random_crops(data.splits["train"], args.window, 128)]
+            model.start_from(batch_of(some)[0].to(device))
+        else:
+            data.scale = 1.0                                            # the published models see metres as they are
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.rate)
     step, best, rows = 0, -float("inf"), []
     if state:
@@ -70,7 +82,7 @@ def main(args):
 
         # 3. the codebook: codes that nothing has chosen lately start again from what the encoder says now [start]
         model.train()
-        if step % args.revive_every == 0 and step > 0:
+        if args.preset == "lite" and step % args.revive_every == 0 and step > 0:
             with torch.no_grad():
                 model.quantiser.revive(model.encoder(motion, lengths))
 
@@ -116,4 +128,6 @@ def main(args):
 
 if __name__ == "__main__":
     with cannot():
+        preset = parser.parse_known_args()[0].preset
+        parser.set_defaults(**(PAPER if preset != "lite" else {}), **SCHEDULES[preset])
         main(parser.parse_args())

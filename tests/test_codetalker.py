@@ -1,6 +1,8 @@
 """The model against independent oracles: loops, torch's own layers, hand-worked examples."""
+import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,11 +253,11 @@ def test_cross_attention_is_the_paper_s_aligned_mask():
 
 def test_the_future_does_not_leak():
     """Frame t is fed the codes before it: other codes from frame 5 on leave the answers 0 .. 5, and change the rest."""
-    model, (mel, style, motion) = stage2(), speech()
+    model, (mel, style, _) = stage2(), speech()
     audio = model.audio_encoder(mel).unsqueeze(2)
-    codes = model.autoencoder.encode(motion)
-    other = torch.cat([codes[:, :5], (codes[:, 5:] + 1) % 32], 1)
-    moved = (model.answer(codes, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-5
+    fed = torch.randn(3, 9, model.history.in_features)
+    other = torch.cat([fed[:, :5], fed[:, 5:] + 1], 1)
+    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-5
     assert moved.tolist() == [False] * 6 + [True] * 3
 
 
@@ -265,7 +267,8 @@ def test_generate_equals_asking_the_whole_prefix_again():
     audio = model.audio_encoder(mel).unsqueeze(2)
     said = torch.zeros(3, 40, 4, dtype=torch.long)
     for t in range(40):
-        z_hat = model.answer(said[:, :t + 1], style, audio[:, :t + 1])[:, t]
+        fed = model.autoencoder.quantiser.codebook[said[:, :t + 1]].flatten(2)
+        z_hat = model.answer(fed, style, audio[:, :t + 1])[:, t]
         said[:, t] = torch.cdist(z_hat.flatten(0, 1), model.autoencoder.quantiser.codebook).argmin(1).view(3, 4)
     assert torch.equal(codes, said) and len(codes.unique()) > 4
     close(made, model.autoencoder.decode(said))
@@ -323,6 +326,208 @@ def test_training_moves_stage2_and_leaves_stage1():
             assert torch.equal(value, before[name]), name
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert {"style", "query.weight", "history.weight", "audio_encoder.enter.conv.weight"} <= set(moved)
+
+
+# ------------------------------------------------------------------------------------------ the paper, to the letter
+
+
+@pytest.mark.parametrize("preset, vertices, styles, stage1_count, stage2_count", [
+    ("vocaset", 5023, 8, 131_653_341, 187_249_536), ("biwi", 23370, 6, 246_477_824, 319_211_392)])
+def test_presets_have_the_published_numbers_of_parameters(preset, vertices, styles, stage1_count, stage2_count):
+    sizes1, sizes2 = ct.PRESETS[preset]
+    with torch.device("meta"):                      # shapes without memory
+        autoencoder = ct.MotionAutoencoder(ct.VQConfig(vertices, **sizes1))
+        model = ct.CodeTalker(ct.ARConfig(styles, **sizes2), autoencoder)
+    count = sum(p.numel() for p in autoencoder.parameters())
+    assert count == stage1_count
+    assert sum(p.numel() for p in model.parameters()) - count == stage2_count
+    assert sum(p.numel() for p in model.audio_encoder.parameters()) == 94_371_712
+    assert not any(p.requires_grad for name, p in model.audio_encoder.named_parameters() if name.startswith("conv"))
+
+
+@pytest.fixture(params=["vocaset", "biwi"])
+def official(request, tmp_path):
+    """What the released code said (recorded small, with random weights), and its two checkpoints as files."""
+    recorded = torch.load(Path(__file__).with_name("official.pt"), weights_only=True)[request.param]
+    for stage in (1, 2):
+        torch.save({"state_dict": recorded[f"stage{stage}_state_dict"]}, tmp_path / f"{stage}.pth.tar")
+    return recorded, (tmp_path / "1.pth.tar", tmp_path / "2.pth.tar")
+
+
+@torch.no_grad()
+def test_released_checkpoints_give_the_recorded_results(official):
+    recorded, paths = official
+    said1, said2, wave = recorded["stage1"], recorded["stage2"], recorded["audio"][0]
+    motion, frames = recorded["vertices"] - recorded["template"][:, None], recorded["vertices"].shape[1]
+    style, style2 = torch.eye(3)[[recorded["style"]]], torch.eye(3)[[recorded["style2"]]]
+    mixed = recorded["style_weight"] * style + (1 - recorded["style_weight"]) * style2
+
+    model = ct.import_released(*paths, heads=(4, 4, 4))
+    reconstruction, indices, losses = model.autoencoder(motion)
+    close(model.autoencoder.encoder(motion).flatten(2), said1["z_e"], 1e-4)
+    assert torch.equal(indices.flatten(), said1["indices"])
+    close(model.autoencoder.quantiser.codebook[indices].flatten(1, 2).transpose(1, 2), said1["z_q"], 1e-4)
+    close(losses["vq"], said1["vq_loss"], 1e-4)
+    share = indices.flatten().bincount() / indices.numel()
+    close(torch.special.entr(share).sum().exp(), said1["perplexity"], 1e-4)
+    close(reconstruction + recorded["template"], said1["reconstruction"], 1e-4)
+
+    close(model.audio_encoder(wave, frames, model.config.audio_steps), said2["audio_features"][0], 1e-4)
+    heard = torch.tensor([ct.frames_in(len(wave), recorded["config"]["period"], model.config)])
+    for weights, name in ((style, "prediction"), (mixed, "prediction_mixed_style")):
+        made, _ = model.generate([wave], weights, heard)
+        close(made + recorded["template"], said2[name], 1e-4)
+
+    _, losses = ct.import_released(*paths, heads=(4, 4, 4), trains=True)([wave], style, indices, motion)
+    close(losses["motion"], said2["loss_motion"], 1e-4)
+    close(losses["feature"], said2["loss_reg"], 1e-4)
+    close(sum(losses.values()), said2["loss"], 1e-4)
+
+
+def test_old_and_new_names_of_the_weight_norm_and_a_parallel_model_s_prefix(official, tmp_path):
+    recorded, paths = official
+    renamed = {"module." + name.replace("conv.weight_g", "conv.parametrizations.weight.original0")
+               .replace("conv.weight_v", "conv.parametrizations.weight.original1"): tensor
+               for name, tensor in recorded["stage2_state_dict"].items()}
+    assert renamed.keys() != {f"module.{name}" for name in recorded["stage2_state_dict"]}
+    torch.save({"state_dict": renamed}, tmp_path / "new.pth.tar")
+    old, new = (ct.import_released(paths[0], path, heads=(4, 4, 4)).state_dict() for path in (paths[1], tmp_path / "new.pth.tar"))
+    assert all(torch.equal(old[name], new[name]) for name in old | new)
+
+
+@pytest.mark.parametrize("spoil, stage", [
+    (lambda first, second: first.pop("decoder.vertice_map_reverse.weight"), 1),
+    (lambda first, second: first.update(surplus=torch.zeros(2)), 1),
+    (lambda first, second: first.pop("encoder.encoder_pos_embedding.pe"), 1),
+    (lambda first, second: second.pop("feat_map.weight"), 2),
+    (lambda first, second: second.update({"vertice_map.weight": torch.zeros(32, 3)}), 2),
+    (lambda first, second: second.pop("audio_encoder.masked_spec_embed"), 2),
+    (lambda first, second: (first.clear(), first.update(second)), 1)])
+def test_other_files_than_released_ones_are_refused_in_one_line(official, spoil, stage):
+    recorded, paths = official
+    states = recorded["stage1_state_dict"], recorded["stage2_state_dict"]
+    spoil(*states)
+    for path, state in zip(paths, states):
+        torch.save({"state_dict": state}, path)
+    with pytest.raises(ValueError, match=f"{stage}.pth.tar: a released checkpoint of stage {stage} expected") as error:
+        ct.import_released(*paths, heads=(4, 4, 4))
+    assert "\n" not in str(error.value)
+
+
+def write_safetensors(path, tensors):
+    """The format by its specification: length of the header, the header, the numbers."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.numpy().tobytes()
+        kind = {torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        numbers += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def test_wav2vec2_is_read_from_both_kinds_of_file(official, tmp_path):
+    """With the prefix and the spelling layer of the version fine-tuned to spell, and without."""
+    recorded, _ = official
+    bare = {name.removeprefix("audio_encoder."): tensor for name, tensor in recorded["stage2_state_dict"].items()
+            if name.startswith("audio_encoder.")}
+    torch.save(bare, tmp_path / "pytorch_model.bin")
+    write_safetensors(tmp_path / "model.safetensors", {f"wav2vec2.{name}": tensor for name, tensor in bare.items()}
+                      | {"lm_head.weight": torch.zeros(32, 32), "lm_head.bias": torch.zeros(32)})
+    (sizes, a), (_, b) = (ct.import_wav2vec2(tmp_path / name) for name in ("pytorch_model.bin", "model.safetensors"))
+    assert sizes == {"convs": 16, "width": 32, "layers": 2, "heads": 1, "hidden": 64}
+    assert torch.equal(a.layers[1].attention.key.weight, bare["encoder.layers.1.attention.k_proj.weight"])
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    for spoil in ({"surplus": torch.zeros(1)}, {"encoder.layers.0.layer_norm.bias": torch.zeros(5)}):
+        write_safetensors(tmp_path / "model.safetensors", bare | spoil)
+        with pytest.raises(ValueError, match="model.safetensors: the weights of wav2vec2-base expected"):
+            ct.import_wav2vec2(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name, content", [("a.safetensors", b""), ("a.safetensors", b"\xff" * 8 + b"{}"), ("a.bin", b"PK"),
+                                           ("a.safetensors", b"\x02" + b"\0" * 7 + b"[]"), ("missing.bin", None)])
+def test_a_file_without_weights_is_refused_in_one_line(tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="a file of weights expected|no such file"):
+        ct.read_weights(tmp_path / name)
+
+
+def paper():
+    """A toy of the published model: waveforms, motion as history, InstanceNorm."""
+    wav2vec2 = {"convs": 8, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
+    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, history="motion", wav2vec2=wav2vec2, audio_steps=2)
+    model = ct.CodeTalker(config, stage1(instance_norm=True))
+    nn.init.normal_(model.query.weight)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_motion_as_history_equals_decoding_and_asking_everything_again():
+    """The released loop: all frames anew for each frame, the last decoded one is fed back."""
+    model, wave, style = paper(), torch.randn(9000), torch.eye(3)[:1]
+    made, codes = model.generate([wave], style, torch.tensor([13]))
+    audio = model.audio_map(model.audio_encoder(wave, 13, 2))[None].unflatten(1, (13, 2))
+    fed = torch.zeros(1, 0, 15)
+    for t in range(13):
+        z_hat = model.answer(torch.cat([fed, torch.zeros(1, 1, 15)], 1), style, audio[:, :t + 1])
+        said = torch.cdist(z_hat.flatten(0, 2), model.autoencoder.quantiser.codebook).argmin(1).view(1, t + 1, 4)
+        fed = torch.cat([fed, model.autoencoder.decode(said)[:, -1:]], 1)
+    assert torch.equal(codes, said) and len(said.unique()) > 4
+    close(made, model.autoencoder.decode(said))
+
+
+@torch.no_grad()
+def test_motion_as_history_remembers_a_window_beyond_the_longest_prefix(monkeypatch):
+    model, wave, style = paper(), torch.randn(9000), torch.eye(3)[:1]
+    exact = model.generate([wave], style, torch.tensor([13]))[1]
+    monkeypatch.setattr(ct, "LONGEST_PREFIX", 6)
+    windowed = model.generate([wave], style, torch.tensor([13]))[1]
+    assert torch.equal(exact[:, :7], windowed[:, :7])           # frame 6 is fed the decoded frame 5, whose prefix is 6 long
+    assert not torch.equal(exact, windowed)
+
+
+@torch.no_grad()
+def test_waveforms_of_a_batch_are_heard_alone():
+    model, waves, frames = paper(), [torch.randn(9000), torch.randn(5000)], torch.tensor([13, 7])
+    audio = model.listen(waves, frames)
+    assert audio.shape == (2, 13, 2, 16)
+    close(audio[1:, :7], model.listen(waves[1:], frames[1:]))
+
+
+@pytest.mark.parametrize("samples", [1, 399, 400, 719, 720, 35200])
+def test_frames_in_counts_what_the_convolutions_hear(samples):
+    model = paper()
+    x = torch.zeros(1, 1, max(samples, 400))
+    for conv in model.audio_encoder.convs:
+        x = conv(x)
+    assert ct.frames_in(samples, 25, model.config) == max(1, x.shape[-1] // 2)
+    assert ct.frames_in(samples, 30, model.config) == max(1, x.shape[-1] * 30 // 50)
+    assert model.listen([torch.randn(samples)], torch.tensor([3])).isfinite().all()
+
+
+def test_spec_augment_masks_spans_of_ten_in_training_only():
+    ears = paper().audio_encoder
+    for layer in (*ears.layers, ears.dropout):
+        layer.p = 0
+    with torch.no_grad():
+        ears.masked.fill_(50)
+        calm = ears(torch.randn(16000), 400, 1)
+        seen = []
+        ears.positions.register_forward_pre_hook(lambda _, given: seen.append((given[0][0, 0] > 25).tolist()))
+        ears.train()
+        for _ in range(20):
+            ears(torch.randn(16000), 400, 1)
+    assert calm.abs().max() < 25
+    rows = ["".join("x" if masked else " " for masked in row) for row in seen]
+    runs = [len(run) for row in rows for run in row.rstrip("x").split()]        # the end may cut a span
+    assert min(runs) >= 10 and 0.02 < sum(map(sum, seen)) / 8000 < 0.1
+
+
+def test_prepare_gives_wav2vec2_a_normalised_waveform():
+    wave = 0.3 + 0.1 * torch.randn(5000)
+    heard = ct.prepare(wave, 25, 7, paper().config)
+    close(heard, (wave - wave.mean()) / wave.numpy().std(), 1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

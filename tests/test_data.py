@@ -15,6 +15,7 @@ from scipy.io import wavfile
 from scipy.spatial import cKDTree
 
 import data
+from codetalker import STEPS_PER_FRAME, ARConfig
 from conftest import ROOT
 
 RNG = np.random.default_rng
@@ -173,7 +174,7 @@ def test_a_folder_without_dataset_json_is_inferred(folder):
     motion = dataset.motion(clip, 2, 6)
     np.testing.assert_allclose(motion, np.pad(stored[2:6] - 10, ((0, 0), (0, 2))) / dataset.scale, rtol=1e-6)
     np.testing.assert_allclose(dataset.vertices(motion, "m2").reshape(4, 6)[:, :4], stored[2:6], rtol=1e-6)
-    assert dataset.mel(clip, 12).shape == (8 * data.log_mel.__globals__["STEPS_PER_FRAME"], 12)
+    assert dataset.sound(clip, ARConfig(styles=1, mel_bands=12)).shape == (8 * STEPS_PER_FRAME, 12)
     assert dataset.style("m2").tolist() == [0, 1]
 
 
