@@ -874,11 +874,12 @@ def count(weights, pattern):
     return 1 + max(int(found[1]) for found in (re.match(pattern, name) for name in weights) if found)
 
 
-def sizes_of_wav2vec2(weights, heads):
-    """The sizes of WAV2VEC2_BASE, read off weights under our names; of the heads they tell nothing."""
+def sizes_of_wav2vec2(weights, heads=None):
+    """As in WAV2VEC2_BASE, read off weights under our names. They tell nothing of the heads: 64 wide in all that are
+    published."""
     width, convs = weights["project.weight"].shape
-    return {"convs": convs, "width": width, "layers": count(weights, r"layers\.(\d+)"), "heads": heads,
-            "hidden": len(weights["layers.0.feed_forward.0.bias"])}
+    return {"convs": convs, "width": width, "layers": count(weights, r"layers\.(\d+)"),
+            "heads": heads or max(1, width // 64), "hidden": len(weights["layers.0.feed_forward.0.bias"])}
 
 
 def import_wav2vec2(path):
@@ -889,8 +890,7 @@ def import_wav2vec2(path):
     theirs = {name.removeprefix("wav2vec2."): tensor for name, tensor in read_weights(path).items()}
     try:
         weights = rename({name: theirs[name] for name in theirs if not name.startswith("lm_head.")}, WAV2VEC2_NAMES)
-        heads = max(1, len(weights["masked"]) // 64)                    # 64 wide in all published sizes
-        sizes = sizes_of_wav2vec2(weights, heads)
+        sizes = sizes_of_wav2vec2(weights)
         model = Wav2Vec2(**sizes)
         model.load_state_dict(weights)
         return sizes, model
@@ -899,7 +899,7 @@ def import_wav2vec2(path):
                          f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
 
 
-def import_released(stage1, stage2, heads=(8, 4, 12), trains=False):
+def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
     """The authors' checkpoints of both stages, VOCASET's or BIWI's -> CodeTalker in eval mode, for motion in the data's
     own unit. What they do oddly goes into the weights.
 

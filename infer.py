@@ -81,7 +81,7 @@ def main(args):
         data = open_data(args.data)
     data.check(state)
     if args.test:
-        return test(model, data, Path(args.ar).parent, args.out and Path(args.out))
+        return test(model, data, Path(args.released[1] if args.released else args.ar).parent, args.out and Path(args.out))
     if data.triangles is None and out.suffix not in (".html", ".npy"):
         raise ValueError(f"{out.suffix} needs triangles, {data.folder} has none: use .html or .npy")
 

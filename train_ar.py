@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from codetalker import PRESETS, ARConfig, CodeTalker, import_wav2vec2, load, other_voice, save
-from data import batch_of, batch_of_sounds, cannot, clock, evaluate_generation, open_data, positive, random_crops, write_figures
+from data import (batch_of, batch_of_sounds, cannot, clock, evaluate_generation, open_data, positive, random_crops,
+                  write_figures)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--preset", choices=PRESETS, default="lite",
                     help="sizes and schedule: one for laptops, the two published (default: %(default)s)")
-parser.add_argument("--wav2vec2", help="weights of facebook/wav2vec2-base-960h, pytorch_model.bin or model.safetensors; "
-                                       "the published models hear through it")
+parser.add_argument("--wav2vec2", help="weights of facebook/wav2vec2-base-960h, pytorch_model.bin or "
+                                       "model.safetensors; the published models hear through it")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (default: %(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (default: %(default)s)")
 parser.add_argument("--steps", type=positive, default=1350, help="training steps (default: %(default)s)")
@@ -66,8 +67,8 @@ def main(args):
             sizes = sizes | {"wav2vec2": wav2vec2}
         config = ARConfig(styles=len(data.subjects), period=round(data.fps), **sizes)
         if config.audio_steps == 2 and data.fps != 25:
-            raise ValueError(f"preset {args.preset} hears two steps of 20 ms a frame: 25 frames per second expected, found "
-                             f"{data.fps:g}; --preset vocaset takes any")
+            raise ValueError(f"preset {args.preset} hears two steps of 20 ms a frame: 25 frames per second expected, "
+                             f"found {data.fps:g}; --preset vocaset takes any")
         model, state = CodeTalker(config, autoencoder), None
         if args.preset != "lite":
             model.audio_encoder = ears

@@ -391,7 +391,8 @@ def test_old_and_new_names_of_the_weight_norm_and_a_parallel_model_s_prefix(offi
                for name, tensor in recorded["stage2_state_dict"].items()}
     assert renamed.keys() != {f"module.{name}" for name in recorded["stage2_state_dict"]}
     torch.save({"state_dict": renamed}, tmp_path / "new.pth.tar")
-    old, new = (ct.import_released(paths[0], path, heads=(4, 4, 4)).state_dict() for path in (paths[1], tmp_path / "new.pth.tar"))
+    old, new = (ct.import_released(paths[0], path, heads=(4, 4, 4)).state_dict()
+                for path in (paths[1], tmp_path / "new.pth.tar"))
     assert all(torch.equal(old[name], new[name]) for name in old | new)
 
 
@@ -420,7 +421,8 @@ def write_safetensors(path, tensors):
     for name, tensor in tensors.items():
         raw = tensor.numpy().tobytes()
         kind = {torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        header[name] = {"dtype": kind, "shape": list(tensor.shape),
+                        "data_offsets": [len(numbers), len(numbers) + len(raw)]}
         numbers += raw
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
@@ -444,8 +446,9 @@ def test_wav2vec2_is_read_from_both_kinds_of_file(official, tmp_path):
             ct.import_wav2vec2(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name, content", [("a.safetensors", b""), ("a.safetensors", b"\xff" * 8 + b"{}"), ("a.bin", b"PK"),
-                                           ("a.safetensors", b"\x02" + b"\0" * 7 + b"[]"), ("missing.bin", None)])
+@pytest.mark.parametrize("name, content", [
+    ("a.safetensors", b""), ("a.safetensors", b"\xff" * 8 + b"{}"), ("a.safetensors", b"\x02" + b"\0" * 7 + b"[]"),
+    ("a.bin", b"PK"), ("missing.bin", None)])
 def test_a_file_without_weights_is_refused_in_one_line(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -483,7 +486,7 @@ def test_motion_as_history_remembers_a_window_beyond_the_longest_prefix(monkeypa
     exact = model.generate([wave], style, torch.tensor([13]))[1]
     monkeypatch.setattr(ct, "LONGEST_PREFIX", 6)
     windowed = model.generate([wave], style, torch.tensor([13]))[1]
-    assert torch.equal(exact[:, :7], windowed[:, :7])           # frame 6 is fed the decoded frame 5, whose prefix is 6 long
+    assert torch.equal(exact[:, :7], windowed[:, :7])           # frame 6 is fed frame 5, whose prefix is 6 long
     assert not torch.equal(exact, windowed)
 
 
