@@ -50,6 +50,7 @@ PAPER = dict(batch=1, window=100_000, rate=1e-4, halve_every=32_000, own=0.0, ev
 def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(device == "cpu")     # gathers are summed in order: same seed, same figures
     data, out = open_data(args.data), Path(args.out)
     autoencoder, stage1 = load(args.vq, "vq", device)
     data.check(stage1)

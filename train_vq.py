@@ -44,6 +44,7 @@ PAPER = dict(batch=1, window=100_000, rate=1e-4, eval_every=3_200, log_every=100
 def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(device == "cpu")     # gathers are summed in order: same seed, same figures
     data, out = open_data(args.data), Path(args.out)
 
     if args.resume:
@@ -66,7 +67,7 @@ def main(args):
         if device == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"].cpu())
     print(f"stage 1 on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
+          f"{len(data.splits['train'])} clips, {data.channels // 3} vertices, motion divided by {data.scale:.4g}")
 
     out.mkdir(parents=True, exist_ok=True)
     start, first = time.time(), step
