@@ -92,7 +92,7 @@ def main(args):
     own = clip and clip.subject in data.subjects
     said = args.style or (clip.subject if own else data.subjects[0])
     style, first = read_style(said, data)
-    subject = args.subject or (clip.subject if clip else first)
+    subject = args.subject or (clip.subject if clip else first if first in data.templates else min(data.templates))
     if subject not in data.templates:
         raise ValueError(f"--subject: one of {', '.join(sorted(data.templates))} expected, found {subject!r}")
 
