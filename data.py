@@ -1112,10 +1112,10 @@ def random_crops(clips, window, count):
 # ====================================================================== metrics: how far from the truth
 
 
-def lip_vertex_error(made, true, lips):
-    """LVE: per frame the largest squared distance over the lip vertices, mean over frames (Richard et al. 2021, as
-    CodeTalker's evaluation computes it: no root). made, true (T, V, 3) -> float, unit squared."""
-    return float(np.square(made[:, lips] - true[:, lips]).sum(-1).max(1).mean())
+def lip_vertex_errors(made, true, lips):
+    """Per frame the largest squared distance over the lip vertices; LVE is the mean over all frames of all clips
+    (Richard et al. 2021, as CodeTalker's evaluation has it: no root). made, true (T, V, 3) -> (T,), unit squared."""
+    return np.square(made[:, lips] - true[:, lips]).sum(-1).max(1)
 
 
 def dynamics(motion, upper_face):
@@ -1151,34 +1151,36 @@ def score(data, clips, made, codes, code_count):
         gap_correlation     of the lip gap over time, mean over clips
         lve, lve_swapped    against the clip itself, and against what was made for another clip's audio: if audio is
                             heeded the latter is much larger; squared unit of the data (mm2 where it is metres)
-        fdd, fdd_abs        signed and absolute
+        lve_root            square root of lve (mm)
+        fdd, fdd_abs        mean over clips, signed (a clip too lively makes up for a dull one) and absolute
         energy, upper_energy  generated over real; below 1 the face is dull
         codes_used, perplexity
     """
     to_unit = (data.millimetres or 1.0) ** 2
-    rows, residual, total = [], 0.0, 0.0
+    rows, errors, swapped, residual, total = [], [], [], 0.0, 0.0
     faces = [data.vertices(motion, clip.subject) for clip, motion in zip(clips, made)]
     for i, clip in enumerate(clips):
         template = data.templates[clip.subject].reshape(1, -1, 3)
         true = data.frames_of(clip.name).reshape(clip.frames, -1, 3)
         residual += np.square(faces[i] - true).sum(dtype=np.float64)
         total += np.square(true - true.mean(0)).sum(dtype=np.float64)
-        row = {"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
-               "lve": to_unit * lip_vertex_error(faces[i], true, data.lips),
-               "energy": (energy(faces[i]), energy(true)),
-               "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
-               "fdd": to_unit * (dynamics(true - template, data.upper_face)
-                                 - dynamics(faces[i] - template, data.upper_face))}
+        errors.append(lip_vertex_errors(faces[i], true, data.lips))
+        rows.append({"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
+                     "energy": (energy(faces[i]), energy(true)),
+                     "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
+                     "fdd": to_unit * (dynamics(true - template, data.upper_face)
+                                       - dynamics(faces[i] - template, data.upper_face))})
         others = [j for j, other in enumerate(clips) if other.subject == clip.subject and j != i]
         if others:                                          # the next clip of the same subject, over the shorter length
             other = faces[min((j for j in others if j > i), default=others[0])]
             frames = min(len(other), clip.frames)
-            row["lve_swapped"] = to_unit * lip_vertex_error(other[:frames], true[:frames], data.lips)
-        rows.append(row)
+            swapped.append(lip_vertex_errors(other[:frames], true[:frames], data.lips))
     figures = {"r2": float(1 - residual / total)}
-    for name in ("gap_correlation", "lve", "lve_swapped", "fdd"):
-        values = [row[name] for row in rows if name in row]
-        figures[name] = float(np.mean(values)) if values else float("nan")
+    for name, frames in (("lve", errors), ("lve_swapped", swapped or [[np.nan]])):
+        figures[name] = float(to_unit * np.concatenate(frames).mean(dtype=np.float64))
+    figures["lve_root"] = figures["lve"] ** 0.5
+    for name in ("gap_correlation", "fdd"):
+        figures[name] = float(np.mean([row[name] for row in rows]))
     figures["fdd_abs"] = float(np.mean([abs(row["fdd"]) for row in rows]))
     for name in ("energy", "upper_energy"):
         figures[name] = float(np.divide(*np.sum([row[name] for row in rows], 0)))
@@ -1214,7 +1216,8 @@ def evaluate_generation(model, data, split, every_style=False):
         results.append(score(data, clips, made, codes, model.autoencoder.config.codes))
         if every_style:
             progress("styles tried", turn + 1, turns, start)
-    return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    figures = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    return figures | {"lve_root": figures["lve"] ** 0.5}    # the root of the mean, not the mean of roots
 
 
 def generate_clips(model, data, clips, styles, at_once=40):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import wave
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ RNG = np.random.default_rng
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def test_lip_vertex_error_and_energy_by_loop():
+def test_lip_vertex_errors_and_energy_by_loop():
     made, true, lips = *RNG(0).normal(size=(2, 6, 5, 3)), [1, 3, 4]
     worst = [max(sum((made[t, v, k] - true[t, v, k]) ** 2 for k in range(3)) for v in lips) for t in range(6)]
-    assert data.lip_vertex_error(made, true, lips) == pytest.approx(sum(worst) / 6)
+    np.testing.assert_allclose(data.lip_vertex_errors(made, true, lips), worst)
     spread = [np.mean((made[:, v, k] - np.mean(made[:, v, k])) ** 2) for v in range(5) for k in range(3)]
     assert data.energy(made) == pytest.approx(sum(spread) / 5)
 
@@ -37,6 +38,43 @@ def test_dynamics_by_hand():
     motion = np.zeros((2, 3, 3))
     motion[0, 1], motion[1, 0] = (3, 4, 0), (9, 9, 9)
     assert data.dynamics(motion, [1, 2]) == 6.25
+
+
+def a_set(faces, millimetres=None):
+    """As much of a data set as score() asks for: clips of one subject, whose face at rest is all zeros; vertex 0 is
+    the lips, vertex 1 the upper face."""
+    clips = [data.Clip(f"ada_{i}", "ada", len(face)) for i, face in enumerate(faces)]
+    return clips, SimpleNamespace(
+        millimetres=millimetres, lips=[0], upper_face=[1], templates={"ada": np.zeros(6)},
+        vertices=lambda motion, subject: motion, opening=lambda face: face[:, 0, 1],
+        frames_of=lambda name: faces[int(name[-1])].reshape(-1, 6))
+
+
+@pytest.mark.parametrize("millimetres, squared", [(None, 1), (1000.0, 1e6)])
+def test_score_by_hand(millimetres, squared):
+    """Lips: two frames at 0 are made at -3, six at 2 are made at 3. LVE (2 * 9 + 6 * 1) / 8 = 3, where the mean of
+    the clips' means is 5. Swapped, over two frames each: 3 against 0 and -3 against 2, (9 + 25) / 2 = 17.
+    Upper face: the one clip really goes 0, 2, so 0, 4 squared, deviation 2, and is made still; with the other it is
+    the other way round. So FDD is 2 and -2: 0 signed, 2 absolute."""
+    true, made = ([np.zeros((frames, 2, 3)) for frames in (2, 6)] for _ in range(2))
+    true[0][:, 0, 1], made[0][:, 0, 1], true[1][:, 0, 1], made[1][:, 0, 1] = 0, -3, 2, 3
+    true[0][1::2, 1, 0] = made[1][1::2, 1, 0] = 2
+    clips, dataset = a_set(true, millimetres)
+    figures = data.score(dataset, clips, made, [np.zeros((2, 1), int)] * 2, 4)
+    expected = {"lve": 3, "lve_root": (3 / squared) ** 0.5, "lve_swapped": 17, "fdd": 0, "fdd_abs": 2}
+    assert {name: figures[name] / squared for name in expected} == pytest.approx(expected)
+
+
+def test_figures_over_styles_are_means_and_the_root_is_taken_last(monkeypatch):
+    """A stranger in three styles, 1, 2 and 3 off the truth: LVE (1 + 4 + 9) / 3; its root, no mean of roots."""
+    true = RNG(0).normal(size=(4, 2, 3))
+    clips, dataset = a_set([true])
+    dataset.subjects, dataset.splits = ["b", "c", "d"], {"test": clips}
+    monkeypatch.setattr(data, "generate_clips", lambda model, dataset, clips, styles, *_: (
+        [true + [0, 1 + dataset.subjects.index(styles[0]), 0]], [np.zeros((4, 1), int)]))
+    model = SimpleNamespace(autoencoder=SimpleNamespace(config=SimpleNamespace(codes=4)))
+    figures = data.evaluate_generation(model, dataset, "test", every_style=True)
+    assert figures["lve"] == pytest.approx(14 / 3) and figures["lve_root"] == pytest.approx((14 / 3) ** 0.5)
 
 
 def test_correlation_is_pearsons():
@@ -69,12 +107,13 @@ def test_score_of_the_truth_of_a_still_face_and_of_half_the_motion(speakers):
     residual, total = (sum(np.square(face - rest).sum(dtype=float) for face, rest in zip(true, other))
                        for other in ([template] * 2, [face.mean(0) for face in true]))
     assert still["r2"] == pytest.approx(1 - residual / total, abs=1e-3)
-    lve = [1e6 * data.lip_vertex_error(np.broadcast_to(template, face.shape), face, dataset.lips) for face in true]
-    assert still["lve"] == pytest.approx(np.mean(lve), rel=1e-3)        # mm2
+    lve = [1e6 * max(((frame - template)[dataset.lips] ** 2).sum(1)) for face in true for frame in face]
+    assert still["lve"] == pytest.approx(np.mean(lve), rel=1e-3)        # mm2, of all frames of all clips
+    assert still["lve_root"] == pytest.approx(np.mean(lve) ** 0.5, rel=1e-3)
     fdd = [1e6 * data.dynamics(face - template, dataset.upper_face) for face in true]
     assert still["fdd"] == pytest.approx(np.mean(fdd), rel=1e-3)
     frames = min(map(len, true))
-    swapped = 1e6 * data.lip_vertex_error(true[0][:frames], true[1][:frames], dataset.lips)
+    swapped = 1e6 * data.lip_vertex_errors(true[0][:frames], true[1][:frames], dataset.lips).mean()
     assert truth["lve_swapped"] == pytest.approx(swapped, rel=1e-3)     # two clips: each is the other's
     assert (truth["codes_used"], truth["perplexity"]) == (4, pytest.approx(4))
 
