@@ -50,6 +50,20 @@ def progress(what, done, total, start):
         print(f"{what}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def whole_folder(folder):
+    """Give FOLDER.part to fill: it becomes `folder` when the block ends well, otherwise it goes."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for name in ("wav", "vertices_npy"):
+            (part / name).mkdir(parents=True)
+        yield part
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 # ==================================================================================================== voice
 
 HOP = SAMPLE_RATE // 200            # 5 ms, the rate of all control tracks
@@ -826,31 +840,53 @@ def build_speakers(folder, seed=0):
 
     The folder appears under its name only when it is whole. Same seed, same bytes.
     """
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name in ("wav", "vertices_npy", "phones"):
-        (part / name).mkdir(parents=True)
-    jobs = [(part, seed, subject, sentence) for split, subjects in SUBJECTS.items() for subject in subjects
-            for sentence in SENTENCES[split]]
-    with ProcessPoolExecutor() as pool:
-        start = time.time()
-        for done, _ in enumerate(pool.map(write_clip, *zip(*jobs), chunksize=5), 1):
-            progress("building the speakers", done, len(jobs), start)
-    templates = {subject: person(seed, subject)[4].astype(np.float32) for subject in sum(SUBJECTS.values(), [])}
     face = build_face()
-    with open(part / "templates.pkl", "wb") as file:
-        pickle.dump(templates, file)
     splits = {split: [f"{subject}_sentence{sentence:02d}" for subject in SUBJECTS[split]
                       for sentence in SENTENCES[split]] for split in SUBJECTS}
     description = {"name": "built-in speakers", "seed": seed, "fps": FPS, "unit": "metre", "splits": splits,
                    "triangles": face.triangles.tolist(), "colours": face.colours.round(3).tolist(),
                    "lips": face.lips, "upper_face": face.upper_face, "lip_gap": face.lip_gap}
-    (part / "dataset.json").write_text(json.dumps(description))
-    part.rename(folder)
-
+    with whole_folder(folder) as part:
+        (part / "phones").mkdir()
+        jobs = [(part, seed, subject, sentence) for split, subjects in SUBJECTS.items() for subject in subjects
+                for sentence in SENTENCES[split]]
+        with ProcessPoolExecutor() as pool:
+            start = time.time()
+            for done, _ in enumerate(pool.map(write_clip, *zip(*jobs), chunksize=5), 1):
+                progress("building the speakers", done, len(jobs), start)
+        templates = {subject: person(seed, subject)[4].astype(np.float32) for subject in sum(SUBJECTS.values(), [])}
+        (part / "templates.pkl").write_bytes(pickle.dumps(templates))
+        (part / "dataset.json").write_text(json.dumps(description))
 
 
 # ============================================================ the reader: any folder in the layout, one class for all
+
+
+# The published data sets, as FaceFormer's and CodeTalker's loaders split them: how a clip is named; of each split the
+# first sentence, the last, and the subjects. Their order in training numbers the styles of released checkpoints.
+BIWI_SEEN, BIWI_UNSEEN = "F2 F3 F4 M3 M4 M5", "F1 F5 F6 F7 F8 M1 M2 M6"
+KNOWN = {"VOCASET": {"clip": "FaceTalk_{}_TA_sentence{:02d}", "fps": 30, "unit": "metre", "splits": {
+             "train": (1, 40, "170728_03272 170904_00128 170725_00137 170915_00223 "
+                              "170811_03274 170913_03279 170904_03276 170912_03278"),
+             "val": (21, 40, "170811_03275 170908_03277"), "test": (21, 40, "170809_00138 170731_00024")}},
+         "BIWI": {"clip": "{}_e{:02d}", "fps": 25, "unit": None, "splits": {
+             "train": (1, 32, BIWI_SEEN), "val": (33, 36, BIWI_SEEN), "test": (37, 40, BIWI_SEEN),
+             "test_b": (37, 40, BIWI_UNSEEN)}}}
+
+
+def known_splits(known):
+    """A published data set's {split: clip names}, in the published order; none for other data."""
+    return {split: [KNOWN[known]["clip"].format(subject, sentence) for subject in subjects.split()
+                    for sentence in range(first, last + 1)]
+            for split, (first, last, subjects) in KNOWN[known]["splits"].items()} if known else {}
+
+
+def known_set(names):
+    """The title of the published data set that all these clips belong to, or None."""
+    for title, known in KNOWN.items():
+        if {known["clip"].format(subject, sentence) for *_, subjects in known["splits"].values()
+                for subject in subjects.split() for sentence in range(1, 41)}.issuperset(names):
+            return title
 
 
 @dataclass
@@ -865,24 +901,96 @@ class Clip:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """A pickle from a stranger is a program. This one may name numpy's array makers and nothing else."""
-    allowed = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
+    """A pickle from a stranger is a program. This one may call numpy's array makers and nothing else.
+
+    They are taken from here by name: numpy 2 renamed the modules that hold them, and Python 2's pickles name the old.
+    """
+    one = np.ones(1)
+    makers = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": one.__reduce__()[0],
+              "_frombuffer": one.__reduce_ex__(5)[0], "scalar": one[0].__reduce__()[0]}
 
     def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in self.allowed:
-            return super().find_class(module, name)
+        if module.split(".")[0] == "numpy" and name in self.makers:
+            return self.makers[name]
         if (module, name) == ("_codecs", "encode"):         # how protocol 2 writes the bytes of an array
-            return super().find_class(module, name)
+            return lambda text, encoding: text.encode("latin1")
         raise ValueError(f"refused: it asks for {module}.{name}; only dictionaries of numpy arrays are read")
 
 
 def read_pickle(path):
     """A pickle of plain containers and numpy arrays (Python 2's too); raises ValueError for anything else."""
+    def only_numbers(value):                                # an array of objects could still hide anything
+        if isinstance(value, dict):
+            return only_numbers([*value.keys(), *value.values()])
+        if isinstance(value, (list, tuple)):
+            return all(map(only_numbers, value))
+        kind = value.dtype.kind if isinstance(value, (np.ndarray, np.generic)) else None
+        return kind in "biuf" if kind else isinstance(value, (int, float, str, bytes, type(None)))
+
     try:
         with open(path, "rb") as file:
-            return ArraysOnly(file, encoding="latin1").load()
+            value = ArraysOnly(file, encoding="latin1").load()
+        if not only_numbers(value):
+            raise ValueError("refused: it holds something else")
+        return value
     except Exception as error:
         raise ValueError(f"{path}: a pickle of numpy arrays expected; {error}") from None
+
+
+def read_templates(path):
+    """templates.pkl, {subject: (V, 3)} -> {subject: (V*3,) float32}; raises ValueError for anything else."""
+    templates, read = read_pickle(path), {}
+    if not isinstance(templates, dict):
+        raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found a {type(templates).__name__}")
+    for subject, template in templates.items():
+        try:
+            read[str(subject)] = flat(np.asarray(template, np.float32)[None])[0]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {subject}: an array of numbers (V, 3) expected ({error})") from None
+    return read
+
+
+def read_rows(path):
+    """An npy as it lies on the disk, (T, channels) or (T, V, 3), not read yet; ValueError for anything else."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
+    if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
+    return rows
+
+
+def read_description(folder, known):
+    """What is said of a data set: KNOWN, overruled by regions/*.txt, overruled by dataset.json, as one dict.
+
+    Raises ValueError for what cannot be meant.
+    """
+    said = {"unit": KNOWN[known]["unit"], "splits": known_splits(known)} if known else {}
+    try:
+        for name, path in (("lips", folder / "regions" / "lve.txt"), ("upper_face", folder / "regions" / "fdd.txt")):
+            if path.exists():
+                said[name] = [int(index) for index in path.read_text().replace(",", " ").split()]
+        path = folder / "dataset.json"
+        told = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(told, dict) or not isinstance(told.get("splits") or {}, dict):
+            raise ValueError('an object {"fps": ..., "splits": {"train": [...], ...}, ...} expected')
+        if "fps" in told and not 0 < float(told["fps"]) < 1000:
+            raise ValueError(f"fps between 0 and 1000 expected, found {told['fps']}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return said | told
+
+
+def stride_of(fps, known):
+    """2 where files of a published data set hold twice its frames per second, otherwise 1."""
+    return 2 if known and abs(fps / KNOWN[known]["fps"] - 2) < 0.1 else 1
+
+
+def flat(rows):
+    """(T, channels) or (T, V, 3) -> (T, V*3) float32: channels to a multiple of three, with zeros."""
+    rows = np.asarray(rows, np.float32).reshape(len(rows), -1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % 3)))
 
 
 def read_wav(path):
@@ -916,25 +1024,24 @@ class DataSet:
     """A folder in the layout of FaceFormer and CodeTalker, read as it is.
 
         wav/SUBJECT_sentenceNN.wav    vertices_npy/SUBJECT_sentenceNN.npy (T, V*3)    templates.pkl {subject: (V, 3)}
-        dataset.json, all of it optional: fps, splits {train, val, test: clip names}, triangles, colours, lips,
+        dataset.json, all of it optional: fps, splits {train, val, test ...: clip names}, triangles, colours, lips,
         upper_face, lip_gap [upper, lower inner lip], unit ("metre")
+        regions/lve.txt, regions/fdd.txt (optional, as BIWI has them): lips and upper_face, if dataset.json has none
 
-    What dataset.json does not say is inferred, and `notes` holds a line about it to print. Channels that are no
-    multiple of 3 (blendshape weights) are padded with zeros. Raises ValueError, in one line, for what is wrong.
+    What dataset.json does not say is known (KNOWN) or inferred, and `notes` holds a line about it to print. Channels
+    that are no multiple of 3 (blendshape weights) are padded with zeros. Raises ValueError, in one line, for what is
+    wrong.
     """
 
     def __init__(self, folder):
-        self.folder, self.notes, self.mels = Path(folder), [], {}
+        self.folder, self.notes, self.mels, self.stride = Path(folder), [], {}, 1
         if not (self.folder / "vertices_npy").is_dir():
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, "
                              f"found {'no vertices_npy/' if self.folder.is_dir() else 'no such folder'}")
-        said = self.read_description()
-        templates = read_pickle(self.folder / "templates.pkl")
-        if not isinstance(templates, dict):
-            raise ValueError(f"{self.folder}/templates.pkl: {{subject: (V, 3)}} expected, found a {type(templates)}")
-        self.templates = {str(subject): self.pad(np.asarray(template, np.float32).reshape(1, -1))[0]
-                          for subject, template in templates.items()}
+        self.templates = read_templates(self.folder / "templates.pkl")
         clips = self.find_clips()
+        self.known = known_set([clip.name for clip in clips])
+        said = read_description(self.folder, self.known)
         self.channels = self.frames_of(clips[0].name, 0, 1).shape[1]                    # V * 3
         for clip in clips:
             width, template = self.frames_of(clip.name, 0, 1).shape[1], self.templates[clip.subject].size
@@ -943,7 +1050,9 @@ class DataSet:
                                  f"found {width} in {clip.name}.npy and {template} in its subject's template")
         self.fps = float(said.get("fps") or self.infer_fps(clips))
         self.splits = self.read_splits(said.get("splits"), clips)
-        self.subjects = sorted({clip.subject for clip in self.splits["train"]})         # the K styles, in order
+        published = [name.rpartition("_")[0] for name in known_splits(self.known).get("train", [])]
+        seen = {clip.subject for clip in self.splits["train"]}                          # the K styles, in order
+        self.subjects = [name for name in dict.fromkeys(published + sorted(seen)) if name in seen]
         everything = list(range(self.channels // 3))
         self.triangles = np.asarray(said["triangles"]) if "triangles" in said else None
         self.colours = np.asarray(said["colours"]) if "colours" in said else None
@@ -952,25 +1061,13 @@ class DataSet:
         for name in ("lips", "upper_face", "lip_gap", "triangles"):
             named = np.asarray(said.get(name) or [0])
             if named.dtype.kind != "i" or named.min() < 0 or named.max() >= len(everything):
-                raise ValueError(f"{self.folder}/dataset.json: {name}: vertices 0 to {len(everything) - 1} expected")
+                raise ValueError(f"{self.folder}: {name} in dataset.json or regions/: vertices 0 to "
+                                 f"{len(everything) - 1} expected")
         self.millimetres = 1000.0 if said.get("unit") == "metre" else None
         for name in ("lips", "upper_face"):
             if name not in said:
-                self.notes.append(f"{name}: not named in dataset.json, so all {len(everything)} vertices")
+                self.notes.append(f"{name}: not named in dataset.json or regions/, so all {len(everything)} vertices")
         self.measure_training_motion()
-
-    def read_description(self):
-        """dataset.json as a dict; ValueError for what cannot be meant."""
-        path = self.folder / "dataset.json"
-        try:
-            said = json.loads(path.read_text()) if path.exists() else {}
-            if not isinstance(said, dict):
-                raise ValueError(f"an object {{...}} expected, found a {type(said).__name__}")
-            if "fps" in said and not 0 < float(said["fps"]) < 1000:
-                raise ValueError(f"fps between 0 and 1000 expected, found {said['fps']}")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        return said
 
     def find_clips(self):
         """All clips that have motion, sound and a template, sorted by name."""
@@ -989,19 +1086,24 @@ class DataSet:
         return clips
 
     def infer_fps(self, clips):
-        seconds = []
-        for clip in clips:
-            seconds.append(len(read_wav(self.wav(clip))) / SAMPLE_RATE)
-        fps = np.median([clip.frames / length for clip, length in zip(clips, seconds)])
+        """Frames over seconds, rounded. A published set has its own; where the files hold twice that, as FaceFormer's
+        conversion of VOCASET does, every second frame is taken."""
+        fps = np.median([clip.frames / len(read_wav(self.wav(clip))) * SAMPLE_RATE for clip in clips])
         fps = round(fps) if abs(fps - round(fps)) < 0.02 * fps else fps
-        self.notes.append(f"fps: {fps:g}, from frames and seconds")
-        return fps
+        if not self.known:
+            self.notes.append(f"fps: {fps:g}, from frames and seconds")
+            return fps
+        self.stride = stride_of(fps, self.known)
+        for clip in clips:
+            clip.frames = len(self.rows(clip.name))
+        self.notes.append(f"fps: {KNOWN[self.known]['fps']}, as {self.known} is published; frames and seconds say "
+                          f"{fps:g}{', so every second frame is taken' * (self.stride - 1)}")
+        return KNOWN[self.known]["fps"]
 
     def read_splits(self, said, clips):
         by_name = {clip.name: clip for clip in clips}
         if said:
-            splits = {split: [by_name[name] for name in said.get(split, []) if name in by_name]
-                      for split in ("train", "val", "test")}
+            splits = {split: [by_name[name] for name in names if name in by_name] for split, names in said.items()}
         else:                                               # every tenth sentence is held out, all subjects are seen
             sentences = sorted({clip.sentence for clip in clips})
             kind = {sentence: {8: "val", 9: "test"}.get(i % 10, "train") for i, sentence in enumerate(sentences)}
@@ -1009,11 +1111,11 @@ class DataSet:
                       for split in ("train", "val", "test")}
             self.notes.append("splits: of ten sentences eight to train, one to val, one to test: "
                               + ", ".join(f"{len(part)} {split}" for split, part in splits.items()))
-        for split, part in splits.items():
-            if not part:
+        for split in ("train", "val", "test"):
+            if not splits.get(split):
                 raise ValueError(f"{self.folder}: no clip in the split {split!r} "
                                  "(dataset.json names splits, or ten sentences are needed)")
-        return splits
+        return {split: part for split, part in splits.items() if part}
 
     def measure_training_motion(self):
         """`scale`: the one number that motion is divided by, its root mean square in training. `most_moving`: the
@@ -1030,29 +1132,16 @@ class DataSet:
         if self.lip_gap is None:
             self.notes.append(f"lip_gap: not named, so the channel that moves most, {self.most_moving}")
 
-    @staticmethod
-    def pad(frames):
-        """Channels to a multiple of three, with zeros. (T, channels) float32."""
-        return np.pad(frames, ((0, 0), (0, -frames.shape[1] % 3)))
-
     def wav(self, clip):
         return self.folder / "wav" / f"{clip.name}.wav"
 
     def rows(self, name):
         """A clip's array as it lies on the disk, (T, channels) or (T, V, 3), not read yet."""
-        path = self.folder / "vertices_npy" / f"{name}.npy"
-        try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
-        if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
-            raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
-        return rows
+        return read_rows(self.folder / "vertices_npy" / f"{name}.npy")[::self.stride]
 
     def frames_of(self, name, start=None, stop=None):
         """Frames start..stop of a clip, (T, V*3) float32; read from disk as far as needed."""
-        rows = np.asarray(self.rows(name)[start:stop], np.float32)
-        return self.pad(rows.reshape(len(rows), -1))
+        return flat(self.rows(name)[start:stop])
 
     def motion(self, clip, start=None, stop=None):
         """What the model sees: (vertices - template) / scale, (T, V*3) float32 tensor."""

@@ -3,8 +3,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 import wave
 from collections import Counter
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from scipy.io import wavfile
 from scipy.spatial import cKDTree
 
 import data
-from conftest import ROOT
+import infer
+from conftest import ROOT, SPOKEN, python2_pickle
 
 RNG = np.random.default_rng
 
@@ -184,6 +187,28 @@ def test_a_pickle_of_arrays_is_read(tmp_path, protocol):
     assert read["ada"].tolist() == arrays["ada"].tolist() and read["one"] == 2
 
 
+def test_a_pickle_of_python_2_is_read_without_a_warning(tmp_path):
+    """Its opcodes are those that cPickle of Python 2.7 with numpy 1.16 wrote for such a dictionary."""
+    path, samples = tmp_path / "x.pkl", np.arange(-300, 300, dtype=np.int16)
+    path.write_bytes(python2_pickle({"ada": {"audio": samples, "sample_rate": 9}, "ben": np.float32([[.5, -1e-3]])}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = data.read_pickle(path)
+    assert read["ada"]["audio"].tolist() == list(range(-300, 300)) and read["ada"]["sample_rate"] == 9
+    assert read["ben"].dtype == np.float32 and read["ben"].tolist() == np.float32([[.5, -1e-3]]).tolist()
+
+
+@pytest.mark.parametrize("content", [
+    np.array([1.0, None]), np.array([{"a": 1}, [2]], object), np.array(["a", "b"]), np.dtype("f4"), {1, 2}, Counter(),
+    [np.array([[], [()]], object)]])
+def test_a_pickle_of_anything_but_numbers_is_refused(tmp_path, content):
+    path = tmp_path / "templates.pkl"
+    path.write_bytes(pickle.dumps({"ada": content}))
+    with pytest.raises(ValueError, match="refused") as error:
+        data.read_pickle(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two subjects, ten sentences each, 25 fps, four channels that are 2 above or below the template's 10."""
@@ -237,6 +262,9 @@ def drop_wavs(folder):
     (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
     (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"f_one": np.ones(4)})), "template.*m2"),
     (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"f_one": np.ones(4), "m2": np.ones(9)})), "m2"),
+    (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps([np.ones(4)])), "templates.pkl.*list"),
+    (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"m2": {"rest": 1}})), "templates.pkl.*m2"),
+    (lambda folder: (folder / "dataset.json").write_text('{"splits": ["m2_sentence01"]}'), "dataset.json"),
     (lambda folder: np.save(folder / "vertices_npy" / "f_one_sentence01.npy", np.ones(4)), "f_one_sentence01"),
     (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json"),
     (lambda folder: (folder / "dataset.json").write_text('{"splits": {"train": ["m2_sentence01"]}}'), "val"),
@@ -253,6 +281,93 @@ def test_motion_without_wav_is_left_out_with_a_note(folder):
     dataset = data.DataSet(folder)
     assert any("m2_sentence01" in note and "wav" in note for note in dataset.notes)
     assert "m2_sentence01" not in {clip.name for clip in dataset.splits["train"]}
+
+
+# ----------------------------------------------------------------------------------------------------- published data
+
+
+def write_layout(folder, names, fps, frames=12):
+    """A folder in the layout, clips of two vertices as long as `frames` at `fps`, each number its own."""
+    for part in ("wav", "vertices_npy"):
+        (folder / part).mkdir(parents=True)
+    for i, name in enumerate(names):
+        np.save(folder / "vertices_npy" / f"{name}.npy", RNG(i).normal(size=(frames, 6)).astype(np.float32))
+        sound = RNG(i).normal(0, 999, int(16_000 * frames / fps)).astype(np.int16)
+        wavfile.write(folder / "wav" / f"{name}.wav", 16_000, sound)
+    templates = {name.rpartition("_")[0]: np.zeros((2, 3)) for name in names}
+    (folder / "templates.pkl").write_bytes(python2_pickle(templates))
+    return folder
+
+
+@pytest.fixture
+def biwi(tmp_path):
+    """Eight of the fourteen subjects, nine of the forty sentences; the sounds are a little longer than the motion."""
+    names = [f"{subject}_e{sentence:02d}" for subject in "F1 F2 F3 F8 M1 M3 M4 M5".split()
+             for sentence in (1, 2, 32, 33, 36, 37, 38, 39, 40)]
+    folder = write_layout(tmp_path / "biwi", names, 24.6)
+    (folder / "regions").mkdir()
+    (folder / "regions" / "lve.txt").write_text("1")
+    (folder / "regions" / "fdd.txt").write_text("0, 1,\n")
+    return folder
+
+
+def test_biwi_is_read_as_it_is(biwi):
+    dataset = data.DataSet(biwi)
+    seen, unseen = ["F2", "F3", "M3", "M4", "M5"], ["F1", "F8", "M1"]
+    parts = {"train": (seen, (1, 2, 32)), "val": (seen, (33, 36)), "test": (seen, (37, 38, 39, 40)),
+             "test_b": (unseen, (37, 38, 39, 40))}
+    for split, (subjects, numbers) in parts.items():
+        expected = [f"{subject}_e{i:02d}" for subject in subjects for i in numbers]
+        assert [clip.name for clip in dataset.splits.pop(split)] == expected
+    assert not dataset.splits
+    assert (dataset.fps, dataset.subjects, dataset.millimetres) == (25, seen, None)
+    assert (dataset.lips, dataset.upper_face) == ([1], [0, 1])
+    splits = {"train": ["F8_e01"], "val": ["F2_e01"], "test": ["F3_e01"]}
+    (biwi / "dataset.json").write_text(json.dumps({"fps": 24, "lips": [0], "splits": splits}))
+    dataset = data.DataSet(biwi)                                        # dataset.json has the last word
+    assert (dataset.fps, dataset.subjects, dataset.lips, dataset.upper_face) == (24, ["F8"], [0], [0, 1])
+    assert {split: [clip.name for clip in clips] for split, clips in dataset.splits.items()} == splits
+
+
+def test_regions_that_are_no_indices_are_refused(biwi):
+    (biwi / "regions" / "fdd.txt").write_text("0, one")
+    with pytest.raises(ValueError, match="fdd.txt"):
+        data.DataSet(biwi)
+    (biwi / "regions" / "fdd.txt").write_text("0, 2")
+    with pytest.raises(ValueError, match="upper_face.*0 to 1"):
+        data.DataSet(biwi)
+
+
+def test_every_test_split_has_its_table_and_its_figures(biwi, tmp_path, monkeypatch, capsys):
+    dataset = data.DataSet(biwi)
+    figures = {split: {name: number + i / 8 for i, name in enumerate(infer.FIGURES)}
+               for number, split in enumerate(dataset.splits)}
+    monkeypatch.setattr(infer, "evaluate_generation", lambda model, data, split, every_style: figures[split])
+    infer.test(None, dataset, tmp_path, None)
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+): (\d+) clips, (\d+) frames, 2 vertices \(1 lip, 2 upper-face\), 5 styles", said) == [
+        ("test", "20", "240"), ("test_b", "12", "144")]
+    assert "strangers, made in every style, figures averaged: F1, F8, M1\n" in said
+    assert "unit2" in said and "mm" not in said
+    assert json.loads((tmp_path / "test.json").read_text()) == {split: figures[split] for split in ("test", "test_b")}
+
+
+@pytest.mark.parametrize("fps, stride, taken", [(60, 2, 30), (30, 1, 30), (29.4, 1, 30)])
+def test_a_converted_vocaset_of_60_fps_is_read_every_second_frame(tmp_path, fps, stride, taken):
+    """As FaceFormer's conversion leaves it. Styles are numbered as in the paper's checkpoints, not sorted."""
+    names = [f"{subject}_sentence{number:02d}" for subject, numbers in SPOKEN.items() for number in (*numbers, 40)]
+    folder = write_layout(tmp_path / "vocaset", names, fps)
+    dataset = data.DataSet(folder)
+    assert (dataset.fps, dataset.millimetres) == (taken, 1000)
+    assert dataset.subjects == ["FaceTalk_170728_03272_TA", "FaceTalk_170904_00128_TA", "FaceTalk_170725_00137_TA"]
+    assert {split: len(clips) for split, clips in dataset.splits.items()} == {"train": 12, "val": 3, "test": 3}
+    assert any("every second frame" in note for note in dataset.notes) == (stride == 2)
+    clip = dataset.splits["train"][1]
+    stored = np.load(folder / "vertices_npy" / f"{clip.name}.npy")
+    assert clip.frames == 12 // stride
+    np.testing.assert_array_equal(dataset.frames_of(clip.name, 1, 4), stored[stride:4 * stride:stride])
+    (folder / "dataset.json").write_text('{"fps": 60}')
+    assert data.DataSet(folder).fps == 60 and data.DataSet(folder).frames_of(clip.name).shape[0] == 12
 
 
 def test_random_crops_lie_within_their_clips_and_reach_both_ends():
