@@ -1,8 +1,12 @@
 """What the model learns from, and how far one is from it.
 
+    python data.py convert --vocaset FOLDER --out vocaset       VOCASET as downloaded -> a folder for --data
+    python data.py check vocaset                                what is wrong with it, in plain words
+
 Map of this file
     built-in speakers   voice: a source-filter synthesiser; face: a mesh and its motions; performances; the folder
     reader              DataSet: any folder in the layout of FaceFormer and CodeTalker, `--data FOLDER` of the scripts
+    convert, check      the two commands above
     metrics             lip error, dynamics, energy, correlation; score and evaluate
 
 Units: seconds, hertz, metres. Motion is vertices - template; frame t covers [t / fps, (t + 1) / fps) and shows the face
@@ -12,10 +16,12 @@ import argparse
 import json
 import math
 import pickle
+import re
 import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -1198,6 +1204,226 @@ def random_crops(clips, window, count):
     return crops
 
 
+# ================================================================ python data.py convert: VOCASET as it is downloaded
+
+
+def read_sentences(path, read):
+    """A pickle subject -> sentence -> entry, as {SUBJECT_sentenceNN: read(entry)}, without those read as None.
+
+    Raises ValueError where the pickle is not of that shape, which `read` tells by raising anything.
+    """
+    table, sentences = read_pickle(path), {}
+    try:
+        for subject in table:
+            for sentence, entry in table[subject].items():
+                name = f"{subject}_{sentence}"
+                if not re.fullmatch(r"[\w-]+", name):       # it becomes a file's name
+                    raise ValueError(f"{name!r} is no name")
+                if (content := read(entry)) is not None:
+                    sentences[name] = content
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: subject -> sentence -> content as in VOCASET expected, found otherwise "
+                         f"({type(error).__name__}: {error}); download it again") from None
+    return sentences
+
+
+def rows_in_order(sentence):
+    """{frame: row of data_verts.npy} -> the rows (T,), first frame first."""
+    return np.array([sentence[frame] for frame in sorted(sentence, key=int)], int) if sentence else None
+
+
+def recording(sentence):
+    """{"audio", "sample_rate"} -> the rate and the samples (N,), their type kept, of several channels the first."""
+    audio = np.asarray(sentence["audio"]) if sentence else np.zeros(0)
+    if audio.dtype.kind not in "iuf":
+        raise TypeError(f"samples are {audio.dtype}")
+    return (int(sentence["sample_rate"]), audio.reshape(len(audio), -1)[:, 0]) if audio.size else None
+
+
+def read_masks(path, vertices):
+    """FLAME_masks.pkl -> lips and upper_face as lists of vertices (what others take, VOCASET having no regions)."""
+    masks = read_pickle(path)
+    try:
+        regions = {"lips": np.unique(masks["lips"]),
+                   "upper_face": np.unique(np.concatenate([masks["forehead"], masks["eye_region"]]))}
+        for region in regions.values():                     # sorted, as np.unique leaves it
+            if region.dtype.kind not in "iu" or region[0] < 0 or region[-1] >= vertices:
+                raise ValueError
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: FLAME's masks expected: lips, forehead, eye_region, vertices 0 to {vertices - 1}; "
+                         "FLAME's site has them as FLAME_masks.pkl") from None
+    return {name: region.tolist() for name, region in regions.items()}
+
+
+def read_triangles(path, vertices):
+    """The triangles of an .obj mesh, [[corner, corner, corner], ...] from 0; raises ValueError for any other mesh."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+        faces = [[int(corner.split("/")[0]) - 1 for corner in line[1:]] for line in lines if line[:1] == ["f"]]
+    except ValueError as error:                             # a corner is 7, 7/7 or 7/7/7: vertex/texture/normal
+        raise ValueError(f"{path}: an .obj mesh expected ({error})") from None
+    found = sum(line[:1] == ["v"] for line in lines)
+    if found != vertices or not faces or min(map(min, faces)) < 0 or max(map(max, faces)) >= vertices:
+        raise ValueError(f"{path}: an .obj mesh of the data's {vertices} vertices expected, found {found} vertices, "
+                         f"{len(faces)} faces; VOCASET's is FLAME's head_template.obj")
+    return [[face[0], *face[i:i + 2]] for face in faces for i in range(1, len(face) - 1)]       # quads become two
+
+
+def convert_vocaset(source, out, masks=None, mesh=None):
+    """The four files of VOCASET's training data, 60 fps, become a folder in the layout, 30 fps: every second frame.
+
+    Splits need not be written: KNOWN has them. Everything is read and checked before anything is written, and the
+    folder appears under its name only when it is whole. Raises ValueError, in one line, for what is wrong.
+    """
+    source, out, start = Path(source), Path(out), time.time()
+    if out.exists():
+        raise ValueError(f"{out}: it exists already; remove it, or name another --out")
+    templates, vertices = read_templates(source / "templates.pkl"), read_rows(source / "data_verts.npy")    # 7.4 GB
+    faces = read_sentences(source / "subj_seq_to_idx.pkl", rows_in_order)
+    sounds = read_sentences(source / "raw_audio_fixed.pkl", recording)
+    names = sorted(faces.keys() & sounds.keys())
+    if not names:
+        raise ValueError(f"{source}: sentences with both motion and audio expected, found none; download it again")
+    used, count = np.concatenate([faces[name] for name in names]), vertices.shape[1]
+    if vertices.ndim != 3 or vertices.shape[2] != 3 or used.min() < 0 or used.max() >= len(vertices):
+        raise ValueError(f"{source}/data_verts.npy: (more than {used.max()} frames, V, 3) expected, found "
+                         f"{vertices.shape}; download it again")
+    for subject in sorted({name.rpartition("_")[0] for name in names}):
+        if subject not in templates or templates[subject].size != 3 * count:
+            raise ValueError(f"{source}/templates.pkl: {subject}'s template ({count}, 3) expected; download it again")
+    said = {"name": "VOCASET", "fps": 30, "unit": "metre"}
+    said |= read_masks(masks, count) if masks else {}
+    said |= {"triangles": read_triangles(mesh, count)} if mesh else {}
+
+    with whole_folder(out) as part:
+        for done, name in enumerate(names, 1):
+            np.save(part / "vertices_npy" / f"{name}.npy", flat(vertices[faces[name][::2]]))
+            wavfile.write(part / "wav" / f"{name}.wav", *sounds[name])
+            progress("converting", done, len(names), start)
+        heads = {subject: template.reshape(-1, 3) for subject, template in templates.items()}
+        (part / "templates.pkl").write_bytes(pickle.dumps(heads))
+        (part / "dataset.json").write_text(json.dumps(said))
+    print(f"{out}: {len(names)} clips at 30 fps; left out, as motion or audio is missing: "
+          f"{len(faces.keys() ^ sounds.keys())}")
+
+
+# ======================================================================== python data.py check: what is wrong with it
+
+
+def misplaced(rows, subject, templates):
+    """What is wrong with where a clip's frames (T, V*3) lie, in words; None if it is about its subject's template."""
+    def size(vertices):                                     # root mean square over vertices
+        return np.sqrt(np.square(vertices.reshape(-1, 3), dtype=np.float64).sum(1).mean())
+
+    def extent(face):                                       # of the vertices about their middle
+        return size(face.reshape(-1, 3) - face.reshape(-1, 3).mean(0))
+
+    mean, rest = rows.mean(0), templates[subject]
+    away = {name: size(mean - template) for name, template in templates.items() if template.size == mean.size}
+    if size(rows.std(0)) > 0.2 * max(extent(mean), extent(rest)):       # a mesh is larger than it moves; these are
+        return None                                                     # blendshape weights
+    if extent(mean) < 0.2 * extent(rest):
+        return ("displacements instead of vertices: a mean over frames near the template expected, found one near 0; "
+                "add the subject's template to every frame")
+    if away[subject] > min(0.05 * extent(rest), *away.values()):        # 4 mm of a head, or another's is nearer
+        return ("far from the template: the subject's own face at rest, on the scale of its vertices, expected; put "
+                "that into templates.pkl")
+
+
+def examine(folder):
+    """What is wrong with a data set, in plain words: findings, a line each (found, expected, what to do), like ones
+    summed up; and a line or two on what the data are. Raises ValueError if there is no such folder."""
+    folder, found, about = Path(folder), {}, []
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, found no folder")
+
+    def finding(text, *names):
+        found.setdefault(text, {}).update(dict.fromkeys(names))
+
+    def attempt(read, *arguments, text=None):
+        """What `read` returns, or None and a finding: `text` about the file, or else what the reader says."""
+        try:
+            return read(*arguments)
+        except (ValueError, OSError) as error:
+            finding(text, arguments[0].stem) if text else finding(str(error))
+
+    # 1. what there is
+    motions, wavs = ({path.stem for path in folder.glob(pattern)} for pattern in ("vertices_npy/*.npy", "wav/*.wav"))
+    known = known_set(motions) if motions else None
+    said = attempt(read_description, folder, known) or {}
+    templates = attempt(read_templates, folder / "templates.pkl") or {}
+    for name in sorted(motions ^ wavs):
+        there, missing = ("motion", "wav/NAME.wav") if name in motions else ("sound", "vertices_npy/NAME.npy")
+        finding(f"{there} alone: {missing} expected as well; add it or remove the other", name)
+
+    # 2. templates
+    width = Counter(template.size for template in templates.values()).most_common(1)[0][0] if templates else 0
+    for subject, template in templates.items():
+        span = np.ptp(template.reshape(-1, 3), axis=0).max()
+        if template.size != width or not np.isfinite(template).all():
+            finding(f"a template with NaN or of another width: {width} numbers expected; export it again", subject)
+        elif said.get("unit") == "metre" and not 0.1 < span < 0.5:
+            finding("a template on a wrong scale: a head of about 0.2 expected, as the unit is metre; rescale "
+                    "templates and vertices (millimetres: times 0.001; 0 to 1: undo the normalisation)",
+                    f"{subject} spans {span:.3g}")
+
+    # 3. clips
+    lengths, start = {}, time.time()                        # name: frames, seconds
+    for done, name in enumerate(sorted(motions), 1):
+        progress("checking", done, len(motions), start)
+        subject = name.rpartition("_")[0]
+        rows = attempt(read_rows, folder / "vertices_npy" / f"{name}.npy",
+                       text="an npy that cannot be read: numbers (frames, V*3) expected; export it again")
+        audio = attempt(read_wav, folder / "wav" / f"{name}.wav", text="a wav that cannot be read: PCM or float with "
+                        "sound in it expected; export it again") if name in wavs else None
+        if rows is None:
+            continue
+        rows = flat(rows)
+        if audio is not None:
+            lengths[name] = len(rows), len(audio) / SAMPLE_RATE
+        if not np.isfinite(rows).all():
+            finding("NaN or infinity in the motion: numbers expected; export it again", name)
+        elif subject not in templates:
+            if templates:                                   # otherwise the file has been told of
+                finding("no template: the subject's face at rest expected in templates.pkl; add it", subject)
+        elif rows.shape[1] != templates[subject].size:
+            finding("another width than the subject's template has: one mesh for all expected; export it again",
+                    f"{name} {rows.shape[1]}, not {templates[subject].size}")
+        elif wrong := misplaced(rows, subject, templates):
+            finding(wrong, name)
+
+    # 4. time: all clips against the stated rate, then each against the others
+    if lengths:
+        fps = np.median([count / seconds for count, seconds in lengths.values()])
+        stated = float(said.get("fps") or (KNOWN[known]["fps"] * stride_of(fps, known) if known else fps))
+        if abs(fps / stated - 1) > 0.05:
+            finding(f"{fps:.3g} frames for each second of sound: {stated:g} fps expected; correct fps in "
+                    "dataset.json or resample the motion")
+        for name, (count, seconds) in lengths.items():
+            if abs(count / fps - seconds) > 0.3:
+                finding("motion and sound of different length: 0.3 s apart at most expected; cut them alike",
+                        f"{name} {count / fps:.1f} s and {seconds:.1f} s")
+
+    # 5. what the reader makes of it
+    data = None if found else attempt(DataSet, folder)
+    if data:
+        clips = sum(data.splits.values(), [])
+        about.append(f"{folder}: {len(clips)} clips of {len({clip.subject for clip in clips})} subjects, "
+                     f"{sum(clip.frames for clip in clips) / data.fps / 60:.1f} minutes, {data.fps:g} fps, "
+                     f"{data.channels // 3} vertices; "
+                     + ", ".join(f"{len(part)} {split}" for split, part in data.splits.items()))
+    published = sum(known_splits(known).values(), [])
+    missing = [name for name in published if name not in motions]
+    if missing:                                             # nothing wrong: a few were never published
+        about.append(f"{known}: {len(missing)} of {len(published)} sentences are missing ({some(missing)})")
+    return [text + (f": {len(names)} ({some(names)})" if names else "") for text, names in found.items()], about
+
+
+def some(names):
+    """The first of many names, for a line to be read."""
+    return ", ".join(list(names)[:3]) + ", ..." * (len(names) > 3)
+
+
 # ====================================================================== metrics: how far from the truth
 
 
@@ -1379,3 +1605,29 @@ def write_figures(out, rows, test, args, losses):
     right.set(ylabel="correlation", ylim=(0, 1))
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(out / "loss.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Convert VOCASET, or check any data set.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="VOCASET's training data, as downloaded, to a folder for --data")
+    convert.add_argument("--vocaset", required=True, metavar="FOLDER",
+                         help="holds data_verts.npy, raw_audio_fixed.pkl, subj_seq_to_idx.pkl and templates.pkl")
+    convert.add_argument("--out", required=True, help="folder to write; it must not exist")
+    convert.add_argument("--masks", help="FLAME_masks.pkl: which vertices are lips and upper face, for the metrics "
+                                         "(default: all are)")
+    convert.add_argument("--mesh", help="FLAME's head_template.obj: the triangles, for pictures (default: none)")
+    check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 if something is")
+    check.add_argument("folder", help="a folder that --data would take")
+    args = parser.parse_args()
+    if args.command == "convert":
+        return convert_vocaset(args.vocaset, args.out, args.masks, args.mesh)
+    findings, about = examine(args.folder)
+    for line in about + findings:
+        print(line)
+    sys.exit(1 if findings else 0)
+
+
+if __name__ == "__main__":
+    with cannot():
+        main()

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,8 @@ from scipy.spatial import cKDTree
 
 import data
 import infer
-from conftest import ROOT, SPOKEN, python2_pickle
+from conftest import MOTION_ONLY, ROOT, SOUND_ONLY, SPOKEN, python2_pickle
+from test_commands import run
 
 RNG = np.random.default_rng
 
@@ -366,8 +368,221 @@ def test_a_converted_vocaset_of_60_fps_is_read_every_second_frame(tmp_path, fps,
     stored = np.load(folder / "vertices_npy" / f"{clip.name}.npy")
     assert clip.frames == 12 // stride
     np.testing.assert_array_equal(dataset.frames_of(clip.name, 1, 4), stored[stride:4 * stride:stride])
+    (finding,), _ = data.examine(folder)                                # nothing about the frames
+    assert "wrong scale" in finding and "FaceTalk_170728_03272_TA spans 0, " in finding
     (folder / "dataset.json").write_text('{"fps": 60}')
     assert data.DataSet(folder).fps == 60 and data.DataSet(folder).frames_of(clip.name).shape[0] == 12
+
+
+# ------------------------------------------------------------------------------------------------------------ convert
+
+
+def test_convert_is_every_second_frame_in_order(vocaset_raw, vocaset):
+    index, sounds = (pickle.loads((vocaset_raw / f"{name}.pkl").read_bytes(), encoding="latin1")
+                     for name in ("subj_seq_to_idx", "raw_audio_fixed"))
+    vertices, names = np.load(vocaset_raw / "data_verts.npy", mmap_mode="r"), set()
+    assert MOTION_ONLY[1] in {int(name[-2:]) for name in index[MOTION_ONLY[0]]}     # they are in the raw files
+    assert SOUND_ONLY[1] in {int(name[-2:]) for name in sounds[SOUND_ONLY[0]]}
+    for subject, numbers in SPOKEN.items():
+        for number in numbers:
+            sentence, name = f"sentence{number:02d}", f"{subject}_sentence{number:02d}"
+            names.add(name)
+            motion, rows = np.load(vocaset / "vertices_npy" / f"{name}.npy"), index[subject][sentence]
+            assert motion.dtype == np.float32 and motion.shape == ((len(rows) + 1) // 2, 15069)
+            for frame in range(0, len(rows), 2):
+                assert (motion[frame // 2] == vertices[rows[frame]].ravel()).all()
+            rate, audio = wavfile.read(vocaset / "wav" / f"{name}.wav")
+            assert rate == 22_000 and audio.dtype == np.int16 and (audio == sounds[subject][sentence]["audio"]).all()
+    assert {path.stem for path in vocaset.glob("*/*.*")} == names
+    dataset = data.DataSet(vocaset)
+    masks = pickle.loads((vocaset_raw / "FLAME_masks.pkl").read_bytes())
+    assert dataset.lips == masks["lips"].tolist()
+    assert dataset.upper_face == sorted({*masks["forehead"].tolist(), *masks["eye_region"].tolist()})
+    lines = (vocaset_raw / "head_template.obj").read_text().splitlines()
+    corners = [[int(corner.split("/")[0]) - 1 for corner in line.split()[1:]] for line in lines if line[:2] == "f "]
+    assert dataset.triangles.tolist() == corners and len(corners) == 2 * 5023 - 4       # Euler, of a closed surface
+    assert (dataset.fps, dataset.millimetres, dataset.subjects) == (30, 1000, list(SPOKEN)[:3])
+    assert {split: len(clips) for split, clips in dataset.splits.items()} == {"train": 9, "val": 2, "test": 2}
+    findings, (about, missing) = data.examine(vocaset)
+    assert findings == [] and "13 clips of 5 subjects" in about and "387 of 400 sentences are missing" in missing
+
+
+def test_quads_become_two_triangles(tmp_path):
+    (tmp_path / "mesh.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvn 0 0 1\nf 1//1 2//1 3//1 4//1\n")
+    assert data.read_triangles(tmp_path / "mesh.obj", 4) == [[0, 1, 2], [0, 2, 3]]
+
+
+def rewrite(name, change):
+    """A spoiler: the pickle `name` unpickled, changed and pickled again."""
+    def spoil(folder):
+        content = pickle.loads((folder / name).read_bytes(), encoding="latin1")
+        change(content)
+        (folder / name).unlink()
+        (folder / name).write_bytes(pickle.dumps(content))
+    return spoil
+
+
+def replace_by(name, content):
+    def spoil(folder):
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    return spoil
+
+
+def first(content):
+    return next(iter(content.values()))
+
+
+EVIL = pickle.dumps({"ada": Payload(os.mkdir, "ran")})
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
+    (lambda folder: (folder / "data_verts.npy").unlink(), "data_verts.npy"),
+    (replace_by("raw_audio_fixed.pkl", EVIL), "raw_audio_fixed.pkl.*refused.*mkdir"),
+    (replace_by("subj_seq_to_idx.pkl", EVIL), "subj_seq_to_idx.pkl.*refused"),
+    (replace_by("templates.pkl", EVIL), "templates.pkl.*refused"),
+    (replace_by("FLAME_masks.pkl", EVIL), "FLAME_masks.pkl.*refused"),
+    (replace_by("subj_seq_to_idx.pkl", pickle.dumps({"ada": [1, 2]})), "subj_seq_to_idx.pkl.*download"),
+    (replace_by("raw_audio_fixed.pkl", pickle.dumps({})), "motion and audio"),
+    (rewrite("raw_audio_fixed.pkl", lambda content: first(first(content)).pop("sample_rate")), "sample_rate"),
+    (rewrite("raw_audio_fixed.pkl", lambda content: first(first(content)).update(audio="la")), "raw_audio_fixed.pkl"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: first(first(content)).update({1: 9999})), "data_verts.npy.*9999"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: first(first(content)).update({1: -1})), "data_verts.npy"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: content.update({"../ada": first(content)})), "ada.*no name"),
+    (rewrite("templates.pkl", lambda content: content.pop("FaceTalk_170725_00137_TA")), "FaceTalk_170725_00137_TA"),
+    (rewrite("templates.pkl", lambda content: content.update(FaceTalk_170725_00137_TA=np.ones((9, 3)))), "5023, 3"),
+    (rewrite("FLAME_masks.pkl", lambda content: content.pop("lips")), "lips"),
+    (rewrite("FLAME_masks.pkl", lambda content: content.update(forehead=np.array([5023]))), "5022"),
+    (replace_by("head_template.obj", b"v 0 0 0\nv 0 1 0\nv 1 0 0\nf 1 2 3\n"), "5023.*found 3"),
+    (replace_by("head_template.obj", b"f a b c\n"), "head_template.obj"),
+    (lambda folder: (folder.parent / "out").mkdir(), "out.*exists")])
+def test_a_spoilt_vocaset_is_refused_and_nothing_is_written(vocaset_raw, tmp_path, monkeypatch, capsys, spoil, said):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for path in vocaset_raw.iterdir():
+        (folder / path.name).symlink_to(path)
+    spoil(folder)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert run("data.py", "convert", "--vocaset", folder, "--out", "out", "--masks", folder / "FLAME_masks.pkl",
+               "--mesh", folder / "head_template.obj") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(said, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversion_that_fails_half_way_leaves_nothing(vocaset_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.wavfile, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.convert_vocaset(vocaset_raw, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_good_data_pass(speakers, folder, capsys):
+    """The second are not faces but four channels that move more than they lie apart, as blendshape weights do."""
+    assert run("data.py", "check", speakers) == run("data.py", "check", folder) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "10 clips of 4 subjects" in first and "30 fps, 1350 vertices; 6 train, 2 val, 2 test" in first
+    assert "20 clips of 2 subjects" in second and "25 fps, 2 vertices; 16 train, 2 val, 2 test" in second
+
+
+def npys(change, pattern="*"):
+    def spoil(folder):
+        for path in folder.glob(f"vertices_npy/{pattern}.npy"):
+            np.save(path, change(np.load(path), path.stem))
+    return spoil
+
+
+def all_by(scale, offset):
+    def spoil(folder):
+        npys(lambda rows, _: (rows * scale + offset).astype(np.float32))(folder)
+        rewrite("templates.pkl", lambda content: content.update({name: face * scale + offset
+                                                                 for name, face in content.items()}))(folder)
+    return spoil
+
+
+def displacements(folder):
+    templates = pickle.loads((folder / "templates.pkl").read_bytes())
+    npys(lambda rows, name: rows - templates[name.partition("_")[0]].ravel())(folder)
+
+
+def swap_templates(content):
+    content["ada"], content["ben"] = content["ben"], content["ada"]
+
+
+def with_nan(array, name=None):
+    array.ravel()[5] = np.nan
+    return array
+
+
+def halve(folder):
+    for path in folder.glob("wav/ben_*.wav"):
+        rate, audio = wavfile.read(path)
+        wavfile.write(path, rate, audio[:len(audio) // 2])
+
+
+def describe(**said):
+    def spoil(folder):
+        path = folder / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    return spoil
+
+
+SPOILS = {
+    "millimetres": (all_by(1000, 0), "a template on a wrong scale.*0.2.*: 4 .*spans 2.*, ..."),
+    "0 to 1": (all_by(3.7, 0.5), "a template on a wrong scale.*0.2.*: 4 .*spans (0.9|1)"),
+    "vertices in millimetres": (npys(lambda rows, _: 1000 * rows), "far from the template.*: 10 .ada_sentence01, "),
+    "displacements": (displacements, "displacements instead of vertices.*: 10 .ada_sentence01, .*, ..."),
+    "two templates swapped": (rewrite("templates.pkl", swap_templates), "far from the template.*: 6 .ada_sentence01"),
+    "one template": (rewrite("templates.pkl", lambda content: content.update(dan=content["dan"] + 0.01)),
+                     "far from the template.*: 2 .dan_sentence61, dan_sentence62"),
+    "fps": (describe(fps=60), "(29.[89]|30) frames for each second of sound: 60 fps expected"),
+    "no templates": (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
+    "no template": (rewrite("templates.pkl", lambda content: content.pop("ada")), "no template.*: 1 .ada"),
+    "pickle": (replace_by("templates.pkl", b"nothing"), "templates.pkl: a pickle of numpy arrays expected"),
+    "evil": (replace_by("templates.pkl", EVIL), "templates.pkl.*refused"),
+    "template width": (rewrite("templates.pkl", lambda content: content.update(ben=np.ones(9))), "width.*: 1 .ben"),
+    "template NaN": (rewrite("templates.pkl", lambda content: with_nan(content["ben"])), "with NaN.*: 1 .ben"),
+    "NaN": (npys(with_nan, "b*1"), "NaN or infinity in the motion.*: 1 .ben_sentence01"),
+    "width": (npys(lambda rows, _: rows[:, :-3], "c*"), "another width.*: 2 .cleo_sentence41 4047, not 4050, cleo"),
+    "no wav": (lambda folder: (folder / "wav/ada_sentence03.wav").unlink(), "motion alone.*wav.*: 1 .ada_sentence03"),
+    "no npy": (lambda folder: (folder / "vertices_npy/ada_sentence03.npy").unlink(), "sound alone.*npy.*: 1 .ada"),
+    "wav": (replace_by("wav/ada_sentence03.wav", b"RIFF"), "a wav that cannot be read.*: 1 .ada_sentence03"),
+    "npy": (replace_by("vertices_npy/ada_sentence03.npy", b"x"), "an npy that cannot be read.*: 1 .ada_sentence03"),
+    "cut": (halve, "of different length.*: 3 .ben_sentence01 .* s and .* s, ben_"),
+    "json": (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json"),
+    "splits": (describe(splits={"train": ["ada_sentence01"]}), "no clip in the split 'val'")}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_check_says_what_is_wrong(speakers, tmp_path, capsys, name):
+    shutil.copytree(speakers, tmp_path / "data")
+    spoil, said = SPOILS[name]
+    spoil(tmp_path / "data")
+    assert run("data.py", "check", tmp_path / "data") == 1
+    printed = capsys.readouterr().out
+    assert re.search(said, printed) and "Traceback" not in printed
+    alone = not name.startswith("template ")                # whose clips are then told of, too
+    assert printed.count("\n") == 1 or not alone
+
+
+def test_check_says_all_that_is_wrong(speakers, tmp_path):
+    shutil.copytree(speakers, tmp_path / "data")
+    chosen = ["fps", "no template", "NaN", "no wav", "width"]
+    for name in chosen:
+        SPOILS[name][0](tmp_path / "data")
+    findings, about = data.examine(tmp_path / "data")
+    for name in chosen:
+        assert any(re.search(SPOILS[name][1], finding) for finding in findings), name
+    assert len(findings) == len(chosen) and about == []
+
+
+def test_to_check_no_folder_is_bad_usage(tmp_path):
+    assert run("data.py", "check", tmp_path / "nowhere") == run("data.py", "check") == run("data.py") == 2
 
 
 def test_random_crops_lie_within_their_clips_and_reach_both_ends():
