@@ -814,7 +814,7 @@ def read_weights(path):
         state = state.get("state_dict", state)
         return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{path}: no such file of weights; name the one you downloaded") from None
     except Exception as error:
         raise ValueError(f"{path}: a file of weights expected, PyTorch's or .safetensors "
                          f"({type(error).__name__})") from None

@@ -1,8 +1,12 @@
 """What the model learns from, and how far one is from it.
 
+    python data.py convert --vocaset FOLDER --out vocaset       VOCASET as downloaded -> a folder for --data
+    python data.py check vocaset                                what is wrong with it, in plain words
+
 Map of this file
     built-in speakers   voice: a source-filter synthesiser; face: a mesh and its motions; performances; the folder
     reader              DataSet: any folder in the layout of FaceFormer and CodeTalker, `--data FOLDER` of the scripts
+    convert, check      the two commands above
     metrics             lip error, dynamics, energy, correlation; score and evaluate
 
 Units: seconds, hertz, metres. Motion is vertices - template; frame t covers [t / fps, (t + 1) / fps) and shows the face
@@ -12,10 +16,12 @@ import argparse
 import json
 import math
 import pickle
+import re
 import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,6 +54,20 @@ def progress(what, done, total, start):
         left = (time.time() - start) / done * (total - done)
         end = "\r" if sys.stderr.isatty() and done < total else "\n"
         print(f"{what}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def whole_folder(folder):
+    """Give FOLDER.part to fill: it becomes `folder` when the block ends well, otherwise it goes."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for name in ("wav", "vertices_npy"):
+            (part / name).mkdir(parents=True)
+        yield part
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 # ==================================================================================================== voice
@@ -826,31 +846,53 @@ def build_speakers(folder, seed=0):
 
     The folder appears under its name only when it is whole. Same seed, same bytes.
     """
-    part = Path(f"{folder}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name in ("wav", "vertices_npy", "phones"):
-        (part / name).mkdir(parents=True)
-    jobs = [(part, seed, subject, sentence) for split, subjects in SUBJECTS.items() for subject in subjects
-            for sentence in SENTENCES[split]]
-    with ProcessPoolExecutor() as pool:
-        start = time.time()
-        for done, _ in enumerate(pool.map(write_clip, *zip(*jobs), chunksize=5), 1):
-            progress("building the speakers", done, len(jobs), start)
-    templates = {subject: person(seed, subject)[4].astype(np.float32) for subject in sum(SUBJECTS.values(), [])}
     face = build_face()
-    with open(part / "templates.pkl", "wb") as file:
-        pickle.dump(templates, file)
     splits = {split: [f"{subject}_sentence{sentence:02d}" for subject in SUBJECTS[split]
                       for sentence in SENTENCES[split]] for split in SUBJECTS}
     description = {"name": "built-in speakers", "seed": seed, "fps": FPS, "unit": "metre", "splits": splits,
                    "triangles": face.triangles.tolist(), "colours": face.colours.round(3).tolist(),
                    "lips": face.lips, "upper_face": face.upper_face, "lip_gap": face.lip_gap}
-    (part / "dataset.json").write_text(json.dumps(description))
-    part.rename(folder)
-
+    with whole_folder(folder) as part:
+        (part / "phones").mkdir()
+        jobs = [(part, seed, subject, sentence) for split, subjects in SUBJECTS.items() for subject in subjects
+                for sentence in SENTENCES[split]]
+        with ProcessPoolExecutor() as pool:
+            start = time.time()
+            for done, _ in enumerate(pool.map(write_clip, *zip(*jobs), chunksize=5), 1):
+                progress("building the speakers", done, len(jobs), start)
+        templates = {subject: person(seed, subject)[4].astype(np.float32) for subject in sum(SUBJECTS.values(), [])}
+        (part / "templates.pkl").write_bytes(pickle.dumps(templates))
+        (part / "dataset.json").write_text(json.dumps(description))
 
 
 # ============================================================ the reader: any folder in the layout, one class for all
+
+
+# The published data sets, as FaceFormer's and CodeTalker's loaders split them: how a clip is named; of each split the
+# first sentence, the last, and the subjects. Their order in training numbers the styles of released checkpoints.
+BIWI_SEEN, BIWI_UNSEEN = "F2 F3 F4 M3 M4 M5", "F1 F5 F6 F7 F8 M1 M2 M6"
+KNOWN = {"VOCASET": {"clip": "FaceTalk_{}_TA_sentence{:02d}", "fps": 30, "unit": "metre", "splits": {
+             "train": (1, 40, "170728_03272 170904_00128 170725_00137 170915_00223 "
+                              "170811_03274 170913_03279 170904_03276 170912_03278"),
+             "val": (21, 40, "170811_03275 170908_03277"), "test": (21, 40, "170809_00138 170731_00024")}},
+         "BIWI": {"clip": "{}_e{:02d}", "fps": 25, "unit": None, "splits": {
+             "train": (1, 32, BIWI_SEEN), "val": (33, 36, BIWI_SEEN), "test": (37, 40, BIWI_SEEN),
+             "test_b": (37, 40, BIWI_UNSEEN)}}}
+
+
+def known_splits(known):
+    """A published data set's {split: clip names}, in the published order; none for other data."""
+    return {split: [KNOWN[known]["clip"].format(subject, sentence) for subject in subjects.split()
+                    for sentence in range(first, last + 1)]
+            for split, (first, last, subjects) in KNOWN[known]["splits"].items()} if known else {}
+
+
+def known_set(names):
+    """The title of the published data set that all these clips belong to, or None."""
+    for title, known in KNOWN.items():
+        if {known["clip"].format(subject, sentence) for *_, subjects in known["splits"].values()
+                for subject in subjects.split() for sentence in range(1, 41)}.issuperset(names):
+            return title
 
 
 @dataclass
@@ -865,24 +907,97 @@ class Clip:
 
 
 class ArraysOnly(pickle.Unpickler):
-    """A pickle from a stranger is a program. This one may name numpy's array makers and nothing else."""
-    allowed = {"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"}
+    """A pickle from a stranger is a program. This one may call numpy's array makers and nothing else.
+
+    They are taken from here by name: numpy 2 renamed the modules that hold them, and Python 2's pickles name the old.
+    """
+    one = np.ones(1)
+    makers = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": one.__reduce__()[0],
+              "_frombuffer": one.__reduce_ex__(5)[0], "scalar": one[0].__reduce__()[0]}
 
     def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in self.allowed:
-            return super().find_class(module, name)
+        if module.split(".")[0] == "numpy" and name in self.makers:
+            return self.makers[name]
         if (module, name) == ("_codecs", "encode"):         # how protocol 2 writes the bytes of an array
-            return super().find_class(module, name)
+            return lambda text, encoding: text.encode("latin1")
         raise ValueError(f"refused: it asks for {module}.{name}; only dictionaries of numpy arrays are read")
 
 
 def read_pickle(path):
     """A pickle of plain containers and numpy arrays (Python 2's too); raises ValueError for anything else."""
+    def only_numbers(value):                                # an array of objects could still hide anything
+        if isinstance(value, dict):
+            return only_numbers([*value.keys(), *value.values()])
+        if isinstance(value, (list, tuple)):
+            return all(map(only_numbers, value))
+        kind = value.dtype.kind if isinstance(value, (np.ndarray, np.generic)) else None
+        return kind in "biuf" if kind else isinstance(value, (int, float, str, bytes, type(None)))
+
     try:
         with open(path, "rb") as file:
-            return ArraysOnly(file, encoding="latin1").load()
+            value = ArraysOnly(file, encoding="latin1").load()
+        if not only_numbers(value):
+            raise ValueError("refused: it holds something else")
+        return value
     except Exception as error:
         raise ValueError(f"{path}: a pickle of numpy arrays expected; {error}") from None
+
+
+def read_templates(path):
+    """templates.pkl, {subject: (V, 3)} -> {subject: (V*3,) float32}; raises ValueError for anything else."""
+    templates, read = read_pickle(path), {}
+    if not isinstance(templates, dict) or not templates:
+        raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found "
+                         f"{'nothing in it' if templates == {} else f'a {type(templates).__name__}'}")
+    for subject, template in templates.items():
+        try:
+            read[str(subject)] = flat(np.asarray(template, np.float32)[None])[0]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {subject}: an array of numbers (V, 3) expected ({error})") from None
+    return read
+
+
+def read_rows(path):
+    """An npy as it lies on the disk, (T, channels) or (T, V, 3), not read yet; ValueError for anything else."""
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
+    if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
+    return rows
+
+
+def read_description(folder, known):
+    """What is said of a data set: KNOWN, overruled by regions/*.txt, overruled by dataset.json, as one dict.
+
+    Raises ValueError for what cannot be meant.
+    """
+    said = {"unit": KNOWN[known]["unit"], "splits": known_splits(known)} if known else {}
+    try:
+        for name, path in (("lips", folder / "regions" / "lve.txt"), ("upper_face", folder / "regions" / "fdd.txt")):
+            if path.exists():
+                said[name] = [int(index) for index in path.read_text().replace(",", " ").split()]
+        path = folder / "dataset.json"
+        told = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(told, dict) or not isinstance(told.get("splits") or {}, dict):
+            raise ValueError('an object {"fps": ..., "splits": {"train": [...], ...}, ...} expected')
+        if "fps" in told and not 0 < float(told["fps"]) < 1000:
+            raise ValueError(f"fps between 0 and 1000 expected, found {told['fps']}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return said | told
+
+
+def stride_of(fps, known):
+    """2 where files of a published data set hold twice its frames per second, otherwise 1."""
+    return 2 if known and abs(fps / KNOWN[known]["fps"] - 2) < 0.1 else 1
+
+
+def flat(rows):
+    """(T, channels) or (T, V, 3) -> (T, V*3) float32: channels to a multiple of three, with zeros."""
+    rows = np.asarray(rows, np.float32).reshape(len(rows), -1)
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % 3)))
 
 
 def read_wav(path):
@@ -916,35 +1031,39 @@ class DataSet:
     """A folder in the layout of FaceFormer and CodeTalker, read as it is.
 
         wav/SUBJECT_sentenceNN.wav    vertices_npy/SUBJECT_sentenceNN.npy (T, V*3)    templates.pkl {subject: (V, 3)}
-        dataset.json, all of it optional: fps, splits {train, val, test: clip names}, triangles, colours, lips,
+        dataset.json, all of it optional: fps, splits {train, val, test ...: clip names}, triangles, colours, lips,
         upper_face, lip_gap [upper, lower inner lip], unit ("metre")
+        regions/lve.txt, regions/fdd.txt (optional, as BIWI has them): lips and upper_face, if dataset.json has none
+        mesh.obj (optional): the triangles, if dataset.json has none
 
-    What dataset.json does not say is inferred, and `notes` holds a line about it to print. Channels that are no
-    multiple of 3 (blendshape weights) are padded with zeros. Raises ValueError, in one line, for what is wrong.
+    What dataset.json does not say is known (KNOWN) or inferred, and `notes` holds a line about it to print. Channels
+    that are no multiple of 3 (blendshape weights) are padded with zeros. faces_only: templates.pkl is enough, for faces
+    to be moved by a model that was trained elsewhere. Raises ValueError, in one line, for what is wrong.
     """
 
-    def __init__(self, folder):
-        self.folder, self.notes, self.sounds = Path(folder), [], {}
-        if not (self.folder / "vertices_npy").is_dir():
+    def __init__(self, folder, faces_only=False):
+        self.folder, self.notes, self.sounds, self.stride = Path(folder), [], {}, 1
+        if not faces_only and not (self.folder / "vertices_npy").is_dir():
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, "
                              f"found {'no vertices_npy/' if self.folder.is_dir() else 'no such folder'}")
-        said = self.read_description()
-        templates = read_pickle(self.folder / "templates.pkl")
-        if not isinstance(templates, dict):
-            raise ValueError(f"{self.folder}/templates.pkl: {{subject: (V, 3)}} expected, found a {type(templates)}")
-        self.templates = {str(subject): self.pad(np.asarray(template, np.float32).reshape(1, -1))[0]
-                          for subject, template in templates.items()}
-        clips = self.find_clips()
-        self.channels = self.frames_of(clips[0].name, 0, 1).shape[1]                    # V * 3
+        self.templates = read_templates(self.folder / "templates.pkl")
+        clips = [] if faces_only else self.find_clips()
+        self.known = known_set([clip.name for clip in clips])
+        said = read_description(self.folder, self.known)
+        self.channels = next(iter(self.templates.values())).size                        # V * 3
         for clip in clips:
             width, template = self.frames_of(clip.name, 0, 1).shape[1], self.templates[clip.subject].size
             if not width == template == self.channels:
-                raise ValueError(f"{self.folder}: {self.channels} channels expected everywhere, as in {clips[0].name}, "
-                                 f"found {width} in {clip.name}.npy and {template} in its subject's template")
-        self.fps = float(said.get("fps") or self.infer_fps(clips))
-        self.splits = self.read_splits(said.get("splits"), clips)
-        self.subjects = sorted({clip.subject for clip in self.splits["train"]})         # the K styles, in order
+                raise ValueError(f"{self.folder}: {self.channels} channels expected everywhere, as in the first "
+                                 f"template, found {width} in {clip.name}.npy and {template} in its subject's template")
+        self.fps = None if faces_only else float(said.get("fps") or self.infer_fps(clips))
+        self.splits = {"train": []} if faces_only else self.read_splits(said.get("splits"), clips)
+        published = [name.rpartition("_")[0] for name in known_splits(self.known).get("train", [])]
+        seen = {clip.subject for clip in self.splits["train"]}                          # the K styles, in order
+        self.subjects = [name for name in dict.fromkeys(published + sorted(seen)) if name in seen]
         everything = list(range(self.channels // 3))
+        if "triangles" not in said and (self.folder / "mesh.obj").exists():
+            said["triangles"] = read_triangles(self.folder / "mesh.obj", len(everything))
         self.triangles = np.asarray(said["triangles"]) if "triangles" in said else None
         self.colours = np.asarray(said["colours"]) if "colours" in said else None
         self.lips, self.upper_face = said.get("lips") or everything, said.get("upper_face") or everything
@@ -952,25 +1071,15 @@ class DataSet:
         for name in ("lips", "upper_face", "lip_gap", "triangles"):
             named = np.asarray(said.get(name) or [0])
             if named.dtype.kind != "i" or named.min() < 0 or named.max() >= len(everything):
-                raise ValueError(f"{self.folder}/dataset.json: {name}: vertices 0 to {len(everything) - 1} expected")
+                raise ValueError(f"{self.folder}: {name} in dataset.json or regions/: vertices 0 to "
+                                 f"{len(everything) - 1} expected")
         self.millimetres = 1000.0 if said.get("unit") == "metre" else None
         for name in ("lips", "upper_face"):
             if name not in said:
-                self.notes.append(f"{name}: not named in dataset.json, so all {len(everything)} vertices")
-        self.measure_training_motion()
-
-    def read_description(self):
-        """dataset.json as a dict; ValueError for what cannot be meant."""
-        path = self.folder / "dataset.json"
-        try:
-            said = json.loads(path.read_text()) if path.exists() else {}
-            if not isinstance(said, dict):
-                raise ValueError(f"an object {{...}} expected, found a {type(said).__name__}")
-            if "fps" in said and not 0 < float(said["fps"]) < 1000:
-                raise ValueError(f"fps between 0 and 1000 expected, found {said['fps']}")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        return said
+                self.notes.append(f"{name}: not named in dataset.json or regions/, so all {len(everything)} vertices")
+        self.scale, self.most_moving = 1.0, 0
+        if not faces_only:
+            self.measure_training_motion()
 
     def find_clips(self):
         """All clips that have motion, sound and a template, sorted by name."""
@@ -989,19 +1098,24 @@ class DataSet:
         return clips
 
     def infer_fps(self, clips):
-        seconds = []
-        for clip in clips:
-            seconds.append(len(read_wav(self.wav(clip))) / SAMPLE_RATE)
-        fps = np.median([clip.frames / length for clip, length in zip(clips, seconds)])
+        """Frames over seconds, rounded. A published set has its own; where the files hold twice that, as FaceFormer's
+        conversion of VOCASET does, every second frame is taken."""
+        fps = np.median([clip.frames / len(read_wav(self.wav(clip))) * SAMPLE_RATE for clip in clips])
         fps = round(fps) if abs(fps - round(fps)) < 0.02 * fps else fps
-        self.notes.append(f"fps: {fps:g}, from frames and seconds")
-        return fps
+        if not self.known:
+            self.notes.append(f"fps: {fps:g}, from frames and seconds")
+            return fps
+        self.stride = stride_of(fps, self.known)
+        for clip in clips:
+            clip.frames = len(self.rows(clip.name))
+        self.notes.append(f"fps: {KNOWN[self.known]['fps']}, as {self.known} is published; frames and seconds say "
+                          f"{fps:g}{', so every second frame is taken' * (self.stride - 1)}")
+        return KNOWN[self.known]["fps"]
 
     def read_splits(self, said, clips):
         by_name = {clip.name: clip for clip in clips}
         if said:
-            splits = {split: [by_name[name] for name in said.get(split, []) if name in by_name]
-                      for split in ("train", "val", "test")}
+            splits = {split: [by_name[name] for name in names if name in by_name] for split, names in said.items()}
         else:                                               # every tenth sentence is held out, all subjects are seen
             sentences = sorted({clip.sentence for clip in clips})
             kind = {sentence: {8: "val", 9: "test"}.get(i % 10, "train") for i, sentence in enumerate(sentences)}
@@ -1009,11 +1123,11 @@ class DataSet:
                       for split in ("train", "val", "test")}
             self.notes.append("splits: of ten sentences eight to train, one to val, one to test: "
                               + ", ".join(f"{len(part)} {split}" for split, part in splits.items()))
-        for split, part in splits.items():
-            if not part:
+        for split in ("train", "val", "test"):
+            if not splits.get(split):
                 raise ValueError(f"{self.folder}: no clip in the split {split!r} "
                                  "(dataset.json names splits, or ten sentences are needed)")
-        return splits
+        return {split: part for split, part in splits.items() if part}
 
     def measure_training_motion(self):
         """`scale`: the one number that motion is divided by, its root mean square in training. `most_moving`: the
@@ -1030,29 +1144,16 @@ class DataSet:
         if self.lip_gap is None:
             self.notes.append(f"lip_gap: not named, so the channel that moves most, {self.most_moving}")
 
-    @staticmethod
-    def pad(frames):
-        """Channels to a multiple of three, with zeros. (T, channels) float32."""
-        return np.pad(frames, ((0, 0), (0, -frames.shape[1] % 3)))
-
     def wav(self, clip):
         return self.folder / "wav" / f"{clip.name}.wav"
 
     def rows(self, name):
         """A clip's array as it lies on the disk, (T, channels) or (T, V, 3), not read yet."""
-        path = self.folder / "vertices_npy" / f"{name}.npy"
-        try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
-        if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
-            raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
-        return rows
+        return read_rows(self.folder / "vertices_npy" / f"{name}.npy")[::self.stride]
 
     def frames_of(self, name, start=None, stop=None):
         """Frames start..stop of a clip, (T, V*3) float32; read from disk as far as needed."""
-        rows = np.asarray(self.rows(name)[start:stop], np.float32)
-        return self.pad(rows.reshape(len(rows), -1))
+        return flat(self.rows(name)[start:stop])
 
     def motion(self, clip, start=None, stop=None):
         """What the model sees: (vertices - template) / scale, (T, V*3) float32 tensor."""
@@ -1078,10 +1179,10 @@ class DataSet:
         """Raise ValueError if a checkpoint was not trained on data like these; take over its scale."""
         trained, here = state["data"], self.identity()["data"]
         for name, what in (("channels", "motion channels"), ("fps", "frames per second")):
-            if trained[name] != here[name]:
+            if here[name] and trained[name] != here[name]:
                 raise ValueError(f"the checkpoint was trained for {trained[name]:g} {what}, {self.folder} has "
                                  f"{here[name]:g}; name the folder it was trained on with --data")
-        self.scale, self.subjects = trained["scale"], trained["subjects"]
+        self.fps, self.scale, self.subjects = trained["fps"], trained["scale"], trained["subjects"]
 
     def style(self, subject):
         """A training subject's style, (K,) one-hot."""
@@ -1115,13 +1216,238 @@ def random_crops(clips, window, count):
     return crops
 
 
+# ================================================================ python data.py convert: VOCASET as it is downloaded
+
+
+def read_sentences(path, read):
+    """A pickle subject -> sentence -> entry, as {SUBJECT_sentenceNN: read(entry)}, without those read as None.
+
+    Raises ValueError where the pickle is not of that shape, which `read` tells by raising anything.
+    """
+    table, sentences = read_pickle(path), {}
+    try:
+        for subject in table:
+            for sentence, entry in table[subject].items():
+                name = f"{subject}_{sentence}"
+                if not re.fullmatch(r"[\w-]+", name):       # it becomes a file's name
+                    raise ValueError(f"{name!r} is no name")
+                if (content := read(entry)) is not None:
+                    sentences[name] = content
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: subject -> sentence -> content as in VOCASET expected, found otherwise "
+                         f"({type(error).__name__}: {error}); download it again") from None
+    return sentences
+
+
+def rows_in_order(sentence):
+    """{frame: row of data_verts.npy} -> the rows (T,), first frame first."""
+    return np.array([sentence[frame] for frame in sorted(sentence, key=int)], int) if sentence else None
+
+
+def recording(sentence):
+    """{"audio", "sample_rate"} -> the rate and the samples (N,), their type kept, of several channels the first."""
+    audio = np.asarray(sentence["audio"]) if sentence else np.zeros(0)
+    if audio.dtype.kind not in "iuf":
+        raise TypeError(f"samples are {audio.dtype}")
+    return (int(sentence["sample_rate"]), audio.reshape(len(audio), -1)[:, 0]) if audio.size else None
+
+
+def read_masks(path, vertices):
+    """FLAME_masks.pkl -> regions for LVE and FDD as lists of vertices (what others take, VOCASET having no regions)."""
+    masks = read_pickle(path)
+    try:
+        regions = {"lve": np.unique(masks["lips"]),
+                   "fdd": np.unique(np.concatenate([masks["forehead"], masks["eye_region"]]))}
+        for region in regions.values():                     # sorted, as np.unique leaves it
+            if region.dtype.kind not in "iu" or region[0] < 0 or region[-1] >= vertices:
+                raise ValueError
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: FLAME's masks expected: lips, forehead, eye_region, vertices 0 to {vertices - 1}; "
+                         "FLAME's site has them as FLAME_masks.pkl") from None
+    return {name: region.tolist() for name, region in regions.items()}
+
+
+def read_triangles(path, vertices):
+    """The triangles of an .obj mesh, [[corner, corner, corner], ...] from 0; raises ValueError for any other mesh."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+        faces = [[int(corner.split("/")[0]) - 1 for corner in line[1:]] for line in lines if line[:1] == ["f"]]
+    except ValueError as error:                             # a corner is 7, 7/7 or 7/7/7: vertex/texture/normal
+        raise ValueError(f"{path}: an .obj mesh expected ({error})") from None
+    found = sum(line[:1] == ["v"] for line in lines)
+    if found != vertices or not faces or min(map(min, faces)) < 0 or max(map(max, faces)) >= vertices:
+        raise ValueError(f"{path}: an .obj mesh of the data's {vertices} vertices expected, found {found} vertices, "
+                         f"{len(faces)} faces; VOCASET's is FLAME's head_template.obj")
+    return [[face[0], *face[i:i + 2]] for face in faces for i in range(1, len(face) - 1)]       # quads become two
+
+
+def convert_vocaset(source, out, masks=None, mesh=None):
+    """The four files of VOCASET's training data, 60 fps, become a folder in the layout, 30 fps: every second frame.
+
+    Splits need not be written: KNOWN has them. Everything is read and checked before anything is written, and the
+    folder appears under its name only when it is whole. Raises ValueError, in one line, for what is wrong.
+    """
+    source, out, start = Path(source), Path(out), time.time()
+    if out.exists():
+        raise ValueError(f"{out}: it exists already; remove it, or name another --out")
+    templates, vertices = read_templates(source / "templates.pkl"), read_rows(source / "data_verts.npy")    # 7.4 GB
+    faces = read_sentences(source / "subj_seq_to_idx.pkl", rows_in_order)
+    sounds = read_sentences(source / "raw_audio_fixed.pkl", recording)
+    names = sorted(faces.keys() & sounds.keys())
+    if not names:
+        raise ValueError(f"{source}: sentences with both motion and audio expected, found none; download it again")
+    used, count = np.concatenate([faces[name] for name in names]), vertices.shape[1]
+    if vertices.ndim != 3 or vertices.shape[2] != 3 or used.min() < 0 or used.max() >= len(vertices):
+        raise ValueError(f"{source}/data_verts.npy: (more than {used.max()} frames, V, 3) expected, found "
+                         f"{vertices.shape}; download it again")
+    for subject in sorted({name.rpartition("_")[0] for name in names}):
+        if subject not in templates or templates[subject].size != 3 * count:
+            raise ValueError(f"{source}/templates.pkl: {subject}'s template ({count}, 3) expected; download it again")
+    regions = read_masks(masks, count) if masks else {}
+    if mesh:
+        read_triangles(mesh, count)
+
+    with whole_folder(out) as part:
+        for done, name in enumerate(names, 1):
+            np.save(part / "vertices_npy" / f"{name}.npy", flat(vertices[faces[name][::2]]))
+            wavfile.write(part / "wav" / f"{name}.wav", *sounds[name])
+            progress("converting", done, len(names), start)
+        heads = {subject: template.reshape(-1, 3) for subject, template in templates.items()}
+        (part / "templates.pkl").write_bytes(pickle.dumps(heads))
+        (part / "dataset.json").write_text(json.dumps({"name": "VOCASET", "fps": 30, "unit": "metre"}))
+        (part / "regions").mkdir()
+        for name, region in regions.items():
+            (part / "regions" / f"{name}.txt").write_text(", ".join(map(str, region)))
+        if mesh:
+            shutil.copy(mesh, part / "mesh.obj")
+    print(f"{out}: {len(names)} clips at 30 fps; left out, as motion or audio is missing: "
+          f"{len(faces.keys() ^ sounds.keys())}")
+
+
+# ======================================================================== python data.py check: what is wrong with it
+
+
+def misplaced(rows, subject, templates):
+    """What is wrong with where a clip's frames (T, V*3) lie, in words; None if it is about its subject's template."""
+    def size(vertices):                                     # root mean square over vertices
+        return np.sqrt(np.square(vertices.reshape(-1, 3), dtype=np.float64).sum(1).mean())
+
+    def extent(face):                                       # of the vertices about their middle
+        return size(face.reshape(-1, 3) - face.reshape(-1, 3).mean(0))
+
+    mean, rest = rows.mean(0), templates[subject]
+    away = {name: size(mean - template) for name, template in templates.items() if template.size == mean.size}
+    if size(rows.std(0)) > 0.2 * max(extent(mean), extent(rest)):       # a mesh is larger than it moves; these are
+        return None                                                     # blendshape weights
+    if extent(mean) < 0.2 * extent(rest):
+        return ("displacements instead of vertices: a mean over frames near the template expected, found one near 0; "
+                "add the subject's template to every frame")
+    if away[subject] > min(0.05 * extent(rest), *away.values()):        # 4 mm of a head, or another's is nearer
+        return ("far from the template: the subject's own face at rest, on the scale of its vertices, expected; put "
+                "that into templates.pkl")
+
+
+def examine(folder):
+    """What is wrong with a data set, in plain words: findings, a line each (found, expected, what to do), like ones
+    summed up; and a line or two on what the data are. Raises ValueError if there is no such folder."""
+    folder, found, about = Path(folder), {}, []
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, found no folder")
+
+    def finding(text, *names):
+        found.setdefault(text, {}).update(dict.fromkeys(names))
+
+    def attempt(read, *arguments, text=None):
+        """What `read` returns, or None and a finding: `text` about the file, or else what the reader says."""
+        try:
+            return read(*arguments)
+        except (ValueError, OSError) as error:
+            finding(text, arguments[0].stem) if text else finding(str(error))
+
+    # 1. what there is
+    motions, wavs = ({path.stem for path in folder.glob(pattern)} for pattern in ("vertices_npy/*.npy", "wav/*.wav"))
+    known = known_set(motions) if motions else None
+    said = attempt(read_description, folder, known) or {}
+    templates = attempt(read_templates, folder / "templates.pkl") or {}
+    for name in sorted(motions ^ wavs):
+        there, missing = ("motion", "wav/NAME.wav") if name in motions else ("sound", "vertices_npy/NAME.npy")
+        finding(f"{there} alone: {missing} expected as well; add it or remove the other", name)
+
+    # 2. templates
+    width = Counter(template.size for template in templates.values()).most_common(1)[0][0] if templates else 0
+    for subject, template in templates.items():
+        span = np.ptp(template.reshape(-1, 3), axis=0).max()
+        if template.size != width or not np.isfinite(template).all():
+            finding(f"a template with NaN or of another width: {width} numbers expected; export it again", subject)
+        elif said.get("unit") == "metre" and not 0.1 < span < 0.5:
+            finding("a template on a wrong scale: a head of about 0.2 expected, as the unit is metre; rescale "
+                    "templates and vertices (millimetres: times 0.001; 0 to 1: undo the normalisation)",
+                    f"{subject} spans {span:.3g}")
+
+    # 3. clips
+    lengths, start = {}, time.time()                        # name: frames, seconds
+    for done, name in enumerate(sorted(motions), 1):
+        progress("checking", done, len(motions), start)
+        subject = name.rpartition("_")[0]
+        rows = attempt(read_rows, folder / "vertices_npy" / f"{name}.npy",
+                       text="an npy that cannot be read: numbers (frames, V*3) expected; export it again")
+        audio = attempt(read_wav, folder / "wav" / f"{name}.wav", text="a wav that cannot be read: PCM or float with "
+                        "sound in it expected; export it again") if name in wavs else None
+        if rows is None:
+            continue
+        rows = flat(rows)
+        if audio is not None:
+            lengths[name] = len(rows), len(audio) / SAMPLE_RATE
+        if not np.isfinite(rows).all():
+            finding("NaN or infinity in the motion: numbers expected; export it again", name)
+        elif subject not in templates:
+            if templates:                                   # otherwise the file has been told of
+                finding("no template: the subject's face at rest expected in templates.pkl; add it", subject)
+        elif rows.shape[1] != templates[subject].size:
+            finding("another width than the subject's template has: one mesh for all expected; export it again",
+                    f"{name} {rows.shape[1]}, not {templates[subject].size}")
+        elif wrong := misplaced(rows, subject, templates):
+            finding(wrong, name)
+
+    # 4. time: all clips against the stated rate, then each against the others
+    if lengths:
+        fps = np.median([count / seconds for count, seconds in lengths.values()])
+        stated = float(said.get("fps") or (KNOWN[known]["fps"] * stride_of(fps, known) if known else fps))
+        if abs(fps / stated - 1) > 0.05:
+            finding(f"{fps:.3g} frames for each second of sound: {stated:g} fps expected; correct fps in "
+                    "dataset.json or resample the motion")
+        for name, (count, seconds) in lengths.items():
+            if abs(count / fps - seconds) > 0.3:
+                finding("motion and sound of different length: 0.3 s apart at most expected; cut them alike",
+                        f"{name} {count / fps:.1f} s and {seconds:.1f} s")
+
+    # 5. what the reader makes of it
+    data = None if found else attempt(DataSet, folder)
+    if data:
+        clips = sum(data.splits.values(), [])
+        about.append(f"{folder}: {len(clips)} clips of {len({clip.subject for clip in clips})} subjects, "
+                     f"{sum(clip.frames for clip in clips) / data.fps / 60:.1f} minutes, {data.fps:g} fps, "
+                     f"{data.channels // 3} vertices; "
+                     + ", ".join(f"{len(part)} {split}" for split, part in data.splits.items()))
+    published = sum(known_splits(known).values(), [])
+    missing = [name for name in published if name not in motions]
+    if missing:                                             # nothing wrong: a few were never published
+        about.append(f"{known}: {len(missing)} of {len(published)} sentences are missing ({some(missing)})")
+    return [text + (f": {len(names)} ({some(names)})" if names else "") for text, names in found.items()], about
+
+
+def some(names):
+    """The first of many names, for a line to be read."""
+    return ", ".join(list(names)[:3]) + ", ..." * (len(names) > 3)
+
+
 # ====================================================================== metrics: how far from the truth
 
 
-def lip_vertex_error(made, true, lips):
-    """LVE: per frame the largest squared distance over the lip vertices, mean over frames (Richard et al. 2021, as
-    CodeTalker's evaluation computes it: no root). made, true (T, V, 3) -> float, unit squared."""
-    return float(np.square(made[:, lips] - true[:, lips]).sum(-1).max(1).mean())
+def lip_vertex_errors(made, true, lips):
+    """Per frame the largest squared distance over the lip vertices; LVE is the mean over all frames of all clips
+    (Richard et al. 2021, as CodeTalker's evaluation has it: no root). made, true (T, V, 3) -> (T,), unit squared."""
+    return np.square(made[:, lips] - true[:, lips]).sum(-1).max(1)
 
 
 def dynamics(motion, upper_face):
@@ -1157,34 +1483,36 @@ def score(data, clips, made, codes, code_count):
         gap_correlation     of the lip gap over time, mean over clips
         lve, lve_swapped    against the clip itself, and against what was made for another clip's audio: if audio is
                             heeded the latter is much larger; squared unit of the data (mm2 where it is metres)
-        fdd, fdd_abs        signed and absolute
+        lve_root            square root of lve (mm)
+        fdd, fdd_abs        mean over clips, signed (a clip too lively makes up for a dull one) and absolute
         energy, upper_energy  generated over real; below 1 the face is dull
         codes_used, perplexity
     """
     to_unit = (data.millimetres or 1.0) ** 2
-    rows, residual, total = [], 0.0, 0.0
+    rows, errors, swapped, residual, total = [], [], [], 0.0, 0.0
     faces = [data.vertices(motion, clip.subject) for clip, motion in zip(clips, made)]
     for i, clip in enumerate(clips):
         template = data.templates[clip.subject].reshape(1, -1, 3)
         true = data.frames_of(clip.name).reshape(clip.frames, -1, 3)
         residual += np.square(faces[i] - true).sum(dtype=np.float64)
         total += np.square(true - true.mean(0)).sum(dtype=np.float64)
-        row = {"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
-               "lve": to_unit * lip_vertex_error(faces[i], true, data.lips),
-               "energy": (energy(faces[i]), energy(true)),
-               "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
-               "fdd": to_unit * (dynamics(true - template, data.upper_face)
-                                 - dynamics(faces[i] - template, data.upper_face))}
+        errors.append(lip_vertex_errors(faces[i], true, data.lips))
+        rows.append({"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
+                     "energy": (energy(faces[i]), energy(true)),
+                     "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
+                     "fdd": to_unit * (dynamics(true - template, data.upper_face)
+                                       - dynamics(faces[i] - template, data.upper_face))})
         others = [j for j, other in enumerate(clips) if other.subject == clip.subject and j != i]
         if others:                                          # the next clip of the same subject, over the shorter length
             other = faces[min((j for j in others if j > i), default=others[0])]
             frames = min(len(other), clip.frames)
-            row["lve_swapped"] = to_unit * lip_vertex_error(other[:frames], true[:frames], data.lips)
-        rows.append(row)
+            swapped.append(lip_vertex_errors(other[:frames], true[:frames], data.lips))
     figures = {"r2": float(1 - residual / total)}
-    for name in ("gap_correlation", "lve", "lve_swapped", "fdd"):
-        values = [row[name] for row in rows if name in row]
-        figures[name] = float(np.mean(values)) if values else float("nan")
+    for name, frames in (("lve", errors), ("lve_swapped", swapped or [[np.nan]])):
+        figures[name] = float(to_unit * np.concatenate(frames).mean(dtype=np.float64))
+    figures["lve_root"] = figures["lve"] ** 0.5
+    for name in ("gap_correlation", "fdd"):
+        figures[name] = float(np.mean([row[name] for row in rows]))
     figures["fdd_abs"] = float(np.mean([abs(row["fdd"]) for row in rows]))
     for name in ("energy", "upper_energy"):
         figures[name] = float(np.divide(*np.sum([row[name] for row in rows], 0)))
@@ -1220,7 +1548,8 @@ def evaluate_generation(model, data, split, every_style=False):
         results.append(score(data, clips, made, codes, model.autoencoder.config.codes))
         if every_style:
             progress("styles tried", turn + 1, turns, start)
-    return {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    figures = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    return figures | {"lve_root": figures["lve"] ** 0.5}    # the root of the mean, not the mean of roots
 
 
 def generate_clips(model, data, clips, styles):
@@ -1242,13 +1571,13 @@ def generate_clips(model, data, clips, styles):
 # ============================================================================== what the three commands have in common
 
 
-def open_data(folder):
+def open_data(folder, faces_only=False):
     """The data set in `folder`, or the built-in speakers (made now if they are not there); prints what was inferred."""
     if folder is None:
         if not Path(BUILT_IN).exists():
             build_speakers(BUILT_IN)
         folder = BUILT_IN
-    data = DataSet(folder)
+    data = DataSet(folder, faces_only)
     for note in data.notes:
         print(f"{folder}: {note}")
     return data
@@ -1294,3 +1623,29 @@ def write_figures(out, rows, test, args, losses):
     right.set(ylabel="correlation", ylim=(0, 1))
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(out / "loss.png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Convert VOCASET, or check any data set.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="VOCASET's training data, as downloaded, to a folder for --data")
+    convert.add_argument("--vocaset", required=True, metavar="FOLDER",
+                         help="holds data_verts.npy, raw_audio_fixed.pkl, subj_seq_to_idx.pkl and templates.pkl")
+    convert.add_argument("--out", required=True, help="folder to write; it must not exist")
+    convert.add_argument("--masks", help="FLAME_masks.pkl: which vertices are lips and upper face, for the metrics "
+                                         "(default: all are)")
+    convert.add_argument("--mesh", help="FLAME's head_template.obj: the triangles, for pictures (default: none)")
+    check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 if something is")
+    check.add_argument("folder", help="a folder that --data would take")
+    args = parser.parse_args()
+    if args.command == "convert":
+        return convert_vocaset(args.vocaset, args.out, args.masks, args.mesh)
+    findings, about = examine(args.folder)
+    for line in about + findings:
+        print(line)
+    sys.exit(1 if findings else 0)
+
+
+if __name__ == "__main__":
+    with cannot():
+        main()

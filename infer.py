@@ -50,8 +50,9 @@ parser.add_argument("--out", help="file to write (default: talk.html); with --te
 parser.add_argument("--test", action="store_true", help="evaluate on the whole test split instead")
 
 ENDINGS = (".html", ".mp4", ".gif", ".png", ".obj", ".npy")
-FIGURES = {"lve": ("squared lip vertex error", "mm2"), "lve_swapped": ("the same, another clip's audio", "mm2"),
-           "fdd": ("upper-face dynamics, real - made", "mm2"), "fdd_abs": ("the same, absolute", "mm2"),
+FIGURES = {"lve": ("LVE: largest squared lip distance, mean over frames", "mm2"),
+           "lve_root": ("its square root", "mm"), "lve_swapped": ("LVE with another clip's audio", "mm2"),
+           "fdd": ("FDD: upper-face dynamics, real - made, signed", "mm2"), "fdd_abs": ("FDD, absolute", "mm2"),
            "gap_correlation": ("lip-gap correlation", "of 1"), "r2": ("variance explained", "of 1"),
            "energy": ("energy of motion, made / real", ""), "upper_energy": ("the same, upper face", ""),
            "codes_used": ("codes in use", "codes"), "perplexity": ("perplexity of the codes", "codes")}
@@ -72,7 +73,8 @@ def main(args):
             raise ValueError("mp4 needs ffmpeg on the PATH: install it, or use --out talk.html")
     torch.manual_seed(0)                        # compress() is randomised: same input, same page
     if args.released:
-        model, data = import_released(*args.released).to(device), open_data(args.data)
+        faces_only = args.wav is not None and args.data is not None and not Path(args.data, "vertices_npy").is_dir()
+        model, data = import_released(*args.released).to(device), open_data(args.data, faces_only)
         names = data.subjects if len(data.subjects) == model.config.styles else map(str, range(model.config.styles))
         state = {"data": {"channels": 3 * model.autoencoder.config.vertices, "fps": model.config.period, "scale": 1.0,
                           "subjects": list(names)}}
@@ -125,26 +127,30 @@ def main(args):
 
 
 def test(model, data, folder, out):
-    """Evaluate on the test split: a table, test.json into `folder`, each motion into `out` if not None."""
-    clips, start = data.splits["test"], time.time()
+    """Evaluate on each split that is a test: a table, test.json into `folder`, each motion into `out` if not None."""
+    start, figures, written = time.time(), {}, 0
     if out:
         out.mkdir(parents=True, exist_ok=True)
-    strangers = sorted({clip.subject for clip in clips} - set(data.subjects))
-    figures = evaluate_generation(model, data, "test", every_style=True)
-    print(f"{len(clips)} clips, {sum(clip.frames for clip in clips)} frames, {data.channels // 3} vertices, "
-          f"{len(data.subjects)} styles")
-    if strangers:
-        print(f"strangers, made in every style, figures averaged: {', '.join(strangers)}")
-    for key, (name, unit) in FIGURES.items():
-        unit = "unit2" if unit == "mm2" and not data.millimetres else unit
-        print(f"    {name:33s} {figures[key]:8.4g} {unit}")
+    for split in (name for name in data.splits if name.startswith("test")):
+        clips = data.splits[split]
+        strangers = sorted({clip.subject for clip in clips} - set(data.subjects))
+        figures[split] = evaluate_generation(model, data, split, every_style=True)
+        frames, vertices = sum(clip.frames for clip in clips), data.channels // 3
+        print(f"{split}: {len(clips)} clips, {frames} frames, {vertices} vertices ({len(data.lips)} lip, "
+              f"{len(data.upper_face)} upper-face), {len(data.subjects)} styles")
+        if strangers:
+            print(f"strangers, made in every style, figures averaged: {', '.join(strangers)}")
+        for key, (name, unit) in FIGURES.items():
+            unit = unit if data.millimetres else unit.replace("mm", "unit")
+            print(f"    {name:49s} {figures[split][key]:8.4g} {unit}")
+        if out:
+            styles = [clip.subject if clip.subject in data.subjects else data.subjects[0] for clip in clips]
+            for clip, motion in zip(clips, generate_clips(model, data, clips, styles)[0]):
+                write_npy(out / f"{clip.name}.npy", data.vertices(motion, clip.subject), data)
+                written += 1
     with whole(folder / "test.json") as part:
         part.write_text(json.dumps(figures, indent=1))
-    if out:
-        styles = [clip.subject if clip.subject in data.subjects else data.subjects[0] for clip in clips]
-        for clip, motion in zip(clips, generate_clips(model, data, clips, styles)[0]):
-            write_npy(out / f"{clip.name}.npy", data.vertices(motion, clip.subject), data)
-    print(f"{folder / 'test.json'}{f' and {len(clips)} .npy files in {out}' if out else ''} "
+    print(f"{folder / 'test.json'}{f' and {written} .npy files in {out}' if out else ''} "
           f"({time.time() - start:.0f} s)")
 
 
@@ -247,9 +253,9 @@ def code_colours(codes):
 
 def write_npy(path, vertices, data):
     """Vertices (T, V, 3) as (T, channels) float32, as stored in the data set, without the reader's padding."""
-    stored = data.rows(data.splits["test"][0].name)
+    stored = data.rows(data.splits["test"][0].name)[0].size if "test" in data.splits else data.channels
     with whole(path) as part:
-        np.save(part, vertices.reshape(len(vertices), -1)[:, :stored[0].size])
+        np.save(part, vertices.reshape(len(vertices), -1)[:, :stored])
 
 
 def write_obj(path, vertices, triangles):

@@ -3,10 +3,14 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+import warnings
 import wave
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +19,10 @@ from scipy.io import wavfile
 from scipy.spatial import cKDTree
 
 import data
+import infer
 from codetalker import STEPS_PER_FRAME, ARConfig
-from conftest import ROOT
+from conftest import MOTION_ONLY, ROOT, SOUND_ONLY, SPOKEN, python2_pickle
+from test_commands import run
 
 RNG = np.random.default_rng
 
@@ -24,10 +30,10 @@ RNG = np.random.default_rng
 # ------------------------------------------------------------------------------------------------------------ metrics
 
 
-def test_lip_vertex_error_and_energy_by_loop():
+def test_lip_vertex_errors_and_energy_by_loop():
     made, true, lips = *RNG(0).normal(size=(2, 6, 5, 3)), [1, 3, 4]
     worst = [max(sum((made[t, v, k] - true[t, v, k]) ** 2 for k in range(3)) for v in lips) for t in range(6)]
-    assert data.lip_vertex_error(made, true, lips) == pytest.approx(sum(worst) / 6)
+    np.testing.assert_allclose(data.lip_vertex_errors(made, true, lips), worst)
     spread = [np.mean((made[:, v, k] - np.mean(made[:, v, k])) ** 2) for v in range(5) for k in range(3)]
     assert data.energy(made) == pytest.approx(sum(spread) / 5)
 
@@ -38,6 +44,43 @@ def test_dynamics_by_hand():
     motion = np.zeros((2, 3, 3))
     motion[0, 1], motion[1, 0] = (3, 4, 0), (9, 9, 9)
     assert data.dynamics(motion, [1, 2]) == 6.25
+
+
+def a_set(faces, millimetres=None):
+    """As much of a data set as score() asks for: clips of one subject, whose face at rest is all zeros; vertex 0 is
+    the lips, vertex 1 the upper face."""
+    clips = [data.Clip(f"ada_{i}", "ada", len(face)) for i, face in enumerate(faces)]
+    return clips, SimpleNamespace(
+        millimetres=millimetres, lips=[0], upper_face=[1], templates={"ada": np.zeros(6)},
+        vertices=lambda motion, subject: motion, opening=lambda face: face[:, 0, 1],
+        frames_of=lambda name: faces[int(name[-1])].reshape(-1, 6))
+
+
+@pytest.mark.parametrize("millimetres, squared", [(None, 1), (1000.0, 1e6)])
+def test_score_by_hand(millimetres, squared):
+    """Lips: two frames at 0 are made at -3, six at 2 are made at 3. LVE (2 * 9 + 6 * 1) / 8 = 3, where the mean of
+    the clips' means is 5. Swapped, over two frames each: 3 against 0 and -3 against 2, (9 + 25) / 2 = 17.
+    Upper face: the one clip really goes 0, 2, so 0, 4 squared, deviation 2, and is made still; with the other it is
+    the other way round. So FDD is 2 and -2: 0 signed, 2 absolute."""
+    true, made = ([np.zeros((frames, 2, 3)) for frames in (2, 6)] for _ in range(2))
+    true[0][:, 0, 1], made[0][:, 0, 1], true[1][:, 0, 1], made[1][:, 0, 1] = 0, -3, 2, 3
+    true[0][1::2, 1, 0] = made[1][1::2, 1, 0] = 2
+    clips, dataset = a_set(true, millimetres)
+    figures = data.score(dataset, clips, made, [np.zeros((2, 1), int)] * 2, 4)
+    expected = {"lve": 3, "lve_root": (3 / squared) ** 0.5, "lve_swapped": 17, "fdd": 0, "fdd_abs": 2}
+    assert {name: figures[name] / squared for name in expected} == pytest.approx(expected)
+
+
+def test_figures_over_styles_are_means_and_the_root_is_taken_last(monkeypatch):
+    """A stranger in three styles, 1, 2 and 3 off the truth: LVE (1 + 4 + 9) / 3; its root, no mean of roots."""
+    true = RNG(0).normal(size=(4, 2, 3))
+    clips, dataset = a_set([true])
+    dataset.subjects, dataset.splits = ["b", "c", "d"], {"test": clips}
+    monkeypatch.setattr(data, "generate_clips", lambda model, dataset, clips, styles, *_: (
+        [true + [0, 1 + dataset.subjects.index(styles[0]), 0]], [np.zeros((4, 1), int)]))
+    model = SimpleNamespace(autoencoder=SimpleNamespace(config=SimpleNamespace(codes=4)))
+    figures = data.evaluate_generation(model, dataset, "test", every_style=True)
+    assert figures["lve"] == pytest.approx(14 / 3) and figures["lve_root"] == pytest.approx((14 / 3) ** 0.5)
 
 
 def test_correlation_is_pearsons():
@@ -70,12 +113,13 @@ def test_score_of_the_truth_of_a_still_face_and_of_half_the_motion(speakers):
     residual, total = (sum(np.square(face - rest).sum(dtype=float) for face, rest in zip(true, other))
                        for other in ([template] * 2, [face.mean(0) for face in true]))
     assert still["r2"] == pytest.approx(1 - residual / total, abs=1e-3)
-    lve = [1e6 * data.lip_vertex_error(np.broadcast_to(template, face.shape), face, dataset.lips) for face in true]
-    assert still["lve"] == pytest.approx(np.mean(lve), rel=1e-3)        # mm2
+    lve = [1e6 * max(((frame - template)[dataset.lips] ** 2).sum(1)) for face in true for frame in face]
+    assert still["lve"] == pytest.approx(np.mean(lve), rel=1e-3)        # mm2, of all frames of all clips
+    assert still["lve_root"] == pytest.approx(np.mean(lve) ** 0.5, rel=1e-3)
     fdd = [1e6 * data.dynamics(face - template, dataset.upper_face) for face in true]
     assert still["fdd"] == pytest.approx(np.mean(fdd), rel=1e-3)
     frames = min(map(len, true))
-    swapped = 1e6 * data.lip_vertex_error(true[0][:frames], true[1][:frames], dataset.lips)
+    swapped = 1e6 * data.lip_vertex_errors(true[0][:frames], true[1][:frames], dataset.lips).mean()
     assert truth["lve_swapped"] == pytest.approx(swapped, rel=1e-3)     # two clips: each is the other's
     assert (truth["codes_used"], truth["perplexity"]) == (4, pytest.approx(4))
 
@@ -146,6 +190,28 @@ def test_a_pickle_of_arrays_is_read(tmp_path, protocol):
     assert read["ada"].tolist() == arrays["ada"].tolist() and read["one"] == 2
 
 
+def test_a_pickle_of_python_2_is_read_without_a_warning(tmp_path):
+    """Its opcodes are those that cPickle of Python 2.7 with numpy 1.16 wrote for such a dictionary."""
+    path, samples = tmp_path / "x.pkl", np.arange(-300, 300, dtype=np.int16)
+    path.write_bytes(python2_pickle({"ada": {"audio": samples, "sample_rate": 9}, "ben": np.float32([[.5, -1e-3]])}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = data.read_pickle(path)
+    assert read["ada"]["audio"].tolist() == list(range(-300, 300)) and read["ada"]["sample_rate"] == 9
+    assert read["ben"].dtype == np.float32 and read["ben"].tolist() == np.float32([[.5, -1e-3]]).tolist()
+
+
+@pytest.mark.parametrize("content", [
+    np.array([1.0, None]), np.array([{"a": 1}, [2]], object), np.array(["a", "b"]), np.dtype("f4"), {1, 2}, Counter(),
+    [np.array([[], [()]], object)]])
+def test_a_pickle_of_anything_but_numbers_is_refused(tmp_path, content):
+    path = tmp_path / "templates.pkl"
+    path.write_bytes(pickle.dumps({"ada": content}))
+    with pytest.raises(ValueError, match="refused") as error:
+        data.read_pickle(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two subjects, ten sentences each, 25 fps, four channels that are 2 above or below the template's 10."""
@@ -199,6 +265,9 @@ def drop_wavs(folder):
     (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
     (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"f_one": np.ones(4)})), "template.*m2"),
     (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"f_one": np.ones(4), "m2": np.ones(9)})), "m2"),
+    (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps([np.ones(4)])), "templates.pkl.*list"),
+    (lambda folder: (folder / "templates.pkl").write_bytes(pickle.dumps({"m2": {"rest": 1}})), "templates.pkl.*m2"),
+    (lambda folder: (folder / "dataset.json").write_text('{"splits": ["m2_sentence01"]}'), "dataset.json"),
     (lambda folder: np.save(folder / "vertices_npy" / "f_one_sentence01.npy", np.ones(4)), "f_one_sentence01"),
     (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json"),
     (lambda folder: (folder / "dataset.json").write_text('{"splits": {"train": ["m2_sentence01"]}}'), "val"),
@@ -215,6 +284,306 @@ def test_motion_without_wav_is_left_out_with_a_note(folder):
     dataset = data.DataSet(folder)
     assert any("m2_sentence01" in note and "wav" in note for note in dataset.notes)
     assert "m2_sentence01" not in {clip.name for clip in dataset.splits["train"]}
+
+
+# ----------------------------------------------------------------------------------------------------- published data
+
+
+def write_layout(folder, names, fps, frames=12):
+    """A folder in the layout, clips of two vertices as long as `frames` at `fps`, each number its own."""
+    for part in ("wav", "vertices_npy"):
+        (folder / part).mkdir(parents=True)
+    for i, name in enumerate(names):
+        np.save(folder / "vertices_npy" / f"{name}.npy", RNG(i).normal(size=(frames, 6)).astype(np.float32))
+        sound = RNG(i).normal(0, 999, int(16_000 * frames / fps)).astype(np.int16)
+        wavfile.write(folder / "wav" / f"{name}.wav", 16_000, sound)
+    templates = {name.rpartition("_")[0]: np.zeros((2, 3)) for name in names}
+    (folder / "templates.pkl").write_bytes(python2_pickle(templates))
+    return folder
+
+
+@pytest.fixture
+def biwi(tmp_path):
+    """Eight of the fourteen subjects, nine of the forty sentences; the sounds are a little longer than the motion."""
+    names = [f"{subject}_e{sentence:02d}" for subject in "F1 F2 F3 F8 M1 M3 M4 M5".split()
+             for sentence in (1, 2, 32, 33, 36, 37, 38, 39, 40)]
+    folder = write_layout(tmp_path / "biwi", names, 24.6)
+    (folder / "regions").mkdir()
+    (folder / "regions" / "lve.txt").write_text("1")
+    (folder / "regions" / "fdd.txt").write_text("0, 1,\n")
+    return folder
+
+
+def test_biwi_is_read_as_it_is(biwi):
+    dataset = data.DataSet(biwi)
+    seen, unseen = ["F2", "F3", "M3", "M4", "M5"], ["F1", "F8", "M1"]
+    parts = {"train": (seen, (1, 2, 32)), "val": (seen, (33, 36)), "test": (seen, (37, 38, 39, 40)),
+             "test_b": (unseen, (37, 38, 39, 40))}
+    for split, (subjects, numbers) in parts.items():
+        expected = [f"{subject}_e{i:02d}" for subject in subjects for i in numbers]
+        assert [clip.name for clip in dataset.splits.pop(split)] == expected
+    assert not dataset.splits
+    assert (dataset.fps, dataset.subjects, dataset.millimetres) == (25, seen, None)
+    assert (dataset.lips, dataset.upper_face) == ([1], [0, 1])
+    splits = {"train": ["F8_e01"], "val": ["F2_e01"], "test": ["F3_e01"]}
+    (biwi / "dataset.json").write_text(json.dumps({"fps": 24, "lips": [0], "splits": splits}))
+    dataset = data.DataSet(biwi)                                        # dataset.json has the last word
+    assert (dataset.fps, dataset.subjects, dataset.lips, dataset.upper_face) == (24, ["F8"], [0], [0, 1])
+    assert {split: [clip.name for clip in clips] for split, clips in dataset.splits.items()} == splits
+
+
+def test_regions_that_are_no_indices_are_refused(biwi):
+    (biwi / "regions" / "fdd.txt").write_text("0, one")
+    with pytest.raises(ValueError, match="fdd.txt"):
+        data.DataSet(biwi)
+    (biwi / "regions" / "fdd.txt").write_text("0, 2")
+    with pytest.raises(ValueError, match="upper_face.*0 to 1"):
+        data.DataSet(biwi)
+
+
+def test_every_test_split_has_its_table_and_its_figures(biwi, tmp_path, monkeypatch, capsys):
+    dataset = data.DataSet(biwi)
+    figures = {split: {name: number + i / 8 for i, name in enumerate(infer.FIGURES)}
+               for number, split in enumerate(dataset.splits)}
+    monkeypatch.setattr(infer, "evaluate_generation", lambda model, data, split, every_style: figures[split])
+    infer.test(None, dataset, tmp_path, None)
+    said = capsys.readouterr().out
+    assert re.findall(r"(\w+): (\d+) clips, (\d+) frames, 2 vertices \(1 lip, 2 upper-face\), 5 styles", said) == [
+        ("test", "20", "240"), ("test_b", "12", "144")]
+    assert "strangers, made in every style, figures averaged: F1, F8, M1\n" in said
+    assert "unit2" in said and "mm" not in said
+    assert json.loads((tmp_path / "test.json").read_text()) == {split: figures[split] for split in ("test", "test_b")}
+
+
+@pytest.mark.parametrize("fps, stride, taken", [(60, 2, 30), (30, 1, 30), (29.4, 1, 30)])
+def test_a_converted_vocaset_of_60_fps_is_read_every_second_frame(tmp_path, fps, stride, taken):
+    """As FaceFormer's conversion leaves it. Styles are numbered as in the paper's checkpoints, not sorted."""
+    names = [f"{subject}_sentence{number:02d}" for subject, numbers in SPOKEN.items() for number in (*numbers, 40)]
+    folder = write_layout(tmp_path / "vocaset", names, fps)
+    dataset = data.DataSet(folder)
+    assert (dataset.fps, dataset.millimetres) == (taken, 1000)
+    assert dataset.subjects == ["FaceTalk_170728_03272_TA", "FaceTalk_170904_00128_TA", "FaceTalk_170725_00137_TA"]
+    assert {split: len(clips) for split, clips in dataset.splits.items()} == {"train": 12, "val": 3, "test": 3}
+    assert any("every second frame" in note for note in dataset.notes) == (stride == 2)
+    clip = dataset.splits["train"][1]
+    stored = np.load(folder / "vertices_npy" / f"{clip.name}.npy")
+    assert clip.frames == 12 // stride
+    np.testing.assert_array_equal(dataset.frames_of(clip.name, 1, 4), stored[stride:4 * stride:stride])
+    (finding,), _ = data.examine(folder)                                # nothing about the frames
+    assert "wrong scale" in finding and "FaceTalk_170728_03272_TA spans 0, " in finding
+    (folder / "dataset.json").write_text('{"fps": 60}')
+    assert data.DataSet(folder).fps == 60 and data.DataSet(folder).frames_of(clip.name).shape[0] == 12
+
+
+# ------------------------------------------------------------------------------------------------------------ convert
+
+
+def test_convert_is_every_second_frame_in_order(vocaset_raw, vocaset):
+    index, sounds = (pickle.loads((vocaset_raw / f"{name}.pkl").read_bytes(), encoding="latin1")
+                     for name in ("subj_seq_to_idx", "raw_audio_fixed"))
+    vertices, names = np.load(vocaset_raw / "data_verts.npy", mmap_mode="r"), set()
+    assert MOTION_ONLY[1] in {int(name[-2:]) for name in index[MOTION_ONLY[0]]}     # they are in the raw files
+    assert SOUND_ONLY[1] in {int(name[-2:]) for name in sounds[SOUND_ONLY[0]]}
+    for subject, numbers in SPOKEN.items():
+        for number in numbers:
+            sentence, name = f"sentence{number:02d}", f"{subject}_sentence{number:02d}"
+            names.add(name)
+            motion, rows = np.load(vocaset / "vertices_npy" / f"{name}.npy"), index[subject][sentence]
+            assert motion.dtype == np.float32 and motion.shape == ((len(rows) + 1) // 2, 15069)
+            for frame in range(0, len(rows), 2):
+                assert (motion[frame // 2] == vertices[rows[frame]].ravel()).all()
+            rate, audio = wavfile.read(vocaset / "wav" / f"{name}.wav")
+            assert rate == 22_000 and audio.dtype == np.int16 and (audio == sounds[subject][sentence]["audio"]).all()
+    assert {path.stem for path in vocaset.glob("[wv]*/*.*")} == names
+    dataset = data.DataSet(vocaset)
+    masks = pickle.loads((vocaset_raw / "FLAME_masks.pkl").read_bytes())
+    assert dataset.lips == masks["lips"].tolist()
+    assert dataset.upper_face == sorted({*masks["forehead"].tolist(), *masks["eye_region"].tolist()})
+    lines = (vocaset_raw / "head_template.obj").read_text().splitlines()
+    corners = [[int(corner.split("/")[0]) - 1 for corner in line.split()[1:]] for line in lines if line[:2] == "f "]
+    assert dataset.triangles.tolist() == corners and len(corners) == 2 * 5023 - 4       # Euler, of a closed surface
+    assert (dataset.fps, dataset.millimetres, dataset.subjects) == (30, 1000, list(SPOKEN)[:3])
+    assert {split: len(clips) for split, clips in dataset.splits.items()} == {"train": 9, "val": 2, "test": 2}
+    findings, (about, missing) = data.examine(vocaset)
+    assert findings == [] and "13 clips of 5 subjects" in about and "387 of 400 sentences are missing" in missing
+
+
+def test_quads_become_two_triangles(tmp_path):
+    (tmp_path / "mesh.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nvn 0 0 1\nf 1//1 2//1 3//1 4//1\n")
+    assert data.read_triangles(tmp_path / "mesh.obj", 4) == [[0, 1, 2], [0, 2, 3]]
+
+
+def rewrite(name, change):
+    """A spoiler: the pickle `name` unpickled, changed and pickled again."""
+    def spoil(folder):
+        content = pickle.loads((folder / name).read_bytes(), encoding="latin1")
+        change(content)
+        (folder / name).unlink()
+        (folder / name).write_bytes(pickle.dumps(content))
+    return spoil
+
+
+def replace_by(name, content):
+    def spoil(folder):
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    return spoil
+
+
+def first(content):
+    return next(iter(content.values()))
+
+
+EVIL = pickle.dumps({"ada": Payload(os.mkdir, "ran")})
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
+    (lambda folder: (folder / "data_verts.npy").unlink(), "data_verts.npy"),
+    (replace_by("raw_audio_fixed.pkl", EVIL), "raw_audio_fixed.pkl.*refused.*mkdir"),
+    (replace_by("subj_seq_to_idx.pkl", EVIL), "subj_seq_to_idx.pkl.*refused"),
+    (replace_by("templates.pkl", EVIL), "templates.pkl.*refused"),
+    (replace_by("FLAME_masks.pkl", EVIL), "FLAME_masks.pkl.*refused"),
+    (replace_by("subj_seq_to_idx.pkl", pickle.dumps({"ada": [1, 2]})), "subj_seq_to_idx.pkl.*download"),
+    (replace_by("raw_audio_fixed.pkl", pickle.dumps({})), "motion and audio"),
+    (rewrite("raw_audio_fixed.pkl", lambda content: first(first(content)).pop("sample_rate")), "sample_rate"),
+    (rewrite("raw_audio_fixed.pkl", lambda content: first(first(content)).update(audio="la")), "raw_audio_fixed.pkl"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: first(first(content)).update({1: 9999})), "data_verts.npy.*9999"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: first(first(content)).update({1: -1})), "data_verts.npy"),
+    (rewrite("subj_seq_to_idx.pkl", lambda content: content.update({"../ada": first(content)})), "ada.*no name"),
+    (rewrite("templates.pkl", lambda content: content.pop("FaceTalk_170725_00137_TA")), "FaceTalk_170725_00137_TA"),
+    (rewrite("templates.pkl", lambda content: content.update(FaceTalk_170725_00137_TA=np.ones((9, 3)))), "5023, 3"),
+    (rewrite("FLAME_masks.pkl", lambda content: content.pop("lips")), "lips"),
+    (rewrite("FLAME_masks.pkl", lambda content: content.update(forehead=np.array([5023]))), "5022"),
+    (replace_by("head_template.obj", b"v 0 0 0\nv 0 1 0\nv 1 0 0\nf 1 2 3\n"), "5023.*found 3"),
+    (replace_by("head_template.obj", b"f a b c\n"), "head_template.obj"),
+    (lambda folder: (folder.parent / "out").mkdir(), "out.*exists")])
+def test_a_spoilt_vocaset_is_refused_and_nothing_is_written(vocaset_raw, tmp_path, monkeypatch, capsys, spoil, said):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for path in vocaset_raw.iterdir():
+        (folder / path.name).symlink_to(path)
+    spoil(folder)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    assert run("data.py", "convert", "--vocaset", folder, "--out", "out", "--masks", folder / "FLAME_masks.pkl",
+               "--mesh", folder / "head_template.obj") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and re.search(said, error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversion_that_fails_half_way_leaves_nothing(vocaset_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.wavfile, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.convert_vocaset(vocaset_raw, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+
+def test_good_data_pass(speakers, folder, capsys):
+    """The second are not faces but four channels that move more than they lie apart, as blendshape weights do."""
+    assert run("data.py", "check", speakers) == run("data.py", "check", folder) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "10 clips of 4 subjects" in first and "30 fps, 1350 vertices; 6 train, 2 val, 2 test" in first
+    assert "20 clips of 2 subjects" in second and "25 fps, 2 vertices; 16 train, 2 val, 2 test" in second
+
+
+def npys(change, pattern="*"):
+    def spoil(folder):
+        for path in folder.glob(f"vertices_npy/{pattern}.npy"):
+            np.save(path, change(np.load(path), path.stem))
+    return spoil
+
+
+def all_by(scale, offset):
+    def spoil(folder):
+        npys(lambda rows, _: (rows * scale + offset).astype(np.float32))(folder)
+        rewrite("templates.pkl", lambda content: content.update({name: face * scale + offset
+                                                                 for name, face in content.items()}))(folder)
+    return spoil
+
+
+def displacements(folder):
+    templates = pickle.loads((folder / "templates.pkl").read_bytes())
+    npys(lambda rows, name: rows - templates[name.partition("_")[0]].ravel())(folder)
+
+
+def swap_templates(content):
+    content["ada"], content["ben"] = content["ben"], content["ada"]
+
+
+def with_nan(array, name=None):
+    array.ravel()[5] = np.nan
+    return array
+
+
+def halve(folder):
+    for path in folder.glob("wav/ben_*.wav"):
+        rate, audio = wavfile.read(path)
+        wavfile.write(path, rate, audio[:len(audio) // 2])
+
+
+def describe(**said):
+    def spoil(folder):
+        path = folder / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    return spoil
+
+
+SPOILS = {
+    "millimetres": (all_by(1000, 0), "a template on a wrong scale.*0.2.*: 4 .*spans 2.*, ..."),
+    "0 to 1": (all_by(3.7, 0.5), "a template on a wrong scale.*0.2.*: 4 .*spans (0.9|1)"),
+    "vertices in millimetres": (npys(lambda rows, _: 1000 * rows), "far from the template.*: 10 .ada_sentence01, "),
+    "displacements": (displacements, "displacements instead of vertices.*: 10 .ada_sentence01, .*, ..."),
+    "two templates swapped": (rewrite("templates.pkl", swap_templates), "far from the template.*: 6 .ada_sentence01"),
+    "one template": (rewrite("templates.pkl", lambda content: content.update(dan=content["dan"] + 0.01)),
+                     "far from the template.*: 2 .dan_sentence61, dan_sentence62"),
+    "fps": (describe(fps=60), "(29.[89]|30) frames for each second of sound: 60 fps expected"),
+    "no templates": (lambda folder: (folder / "templates.pkl").unlink(), "templates.pkl"),
+    "no template": (rewrite("templates.pkl", lambda content: content.pop("ada")), "no template.*: 1 .ada"),
+    "pickle": (replace_by("templates.pkl", b"nothing"), "templates.pkl: a pickle of numpy arrays expected"),
+    "evil": (replace_by("templates.pkl", EVIL), "templates.pkl.*refused"),
+    "template width": (rewrite("templates.pkl", lambda content: content.update(ben=np.ones(9))), "width.*: 1 .ben"),
+    "template NaN": (rewrite("templates.pkl", lambda content: with_nan(content["ben"])), "with NaN.*: 1 .ben"),
+    "NaN": (npys(with_nan, "b*1"), "NaN or infinity in the motion.*: 1 .ben_sentence01"),
+    "width": (npys(lambda rows, _: rows[:, :-3], "c*"), "another width.*: 2 .cleo_sentence41 4047, not 4050, cleo"),
+    "no wav": (lambda folder: (folder / "wav/ada_sentence03.wav").unlink(), "motion alone.*wav.*: 1 .ada_sentence03"),
+    "no npy": (lambda folder: (folder / "vertices_npy/ada_sentence03.npy").unlink(), "sound alone.*npy.*: 1 .ada"),
+    "wav": (replace_by("wav/ada_sentence03.wav", b"RIFF"), "a wav that cannot be read.*: 1 .ada_sentence03"),
+    "npy": (replace_by("vertices_npy/ada_sentence03.npy", b"x"), "an npy that cannot be read.*: 1 .ada_sentence03"),
+    "cut": (halve, "of different length.*: 3 .ben_sentence01 .* s and .* s, ben_"),
+    "json": (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json"),
+    "splits": (describe(splits={"train": ["ada_sentence01"]}), "no clip in the split 'val'")}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_check_says_what_is_wrong(speakers, tmp_path, capsys, name):
+    shutil.copytree(speakers, tmp_path / "data")
+    spoil, said = SPOILS[name]
+    spoil(tmp_path / "data")
+    assert run("data.py", "check", tmp_path / "data") == 1
+    printed = capsys.readouterr().out
+    assert re.search(said, printed) and "Traceback" not in printed
+    alone = not name.startswith("template ")                # whose clips are then told of, too
+    assert printed.count("\n") == 1 or not alone
+
+
+def test_check_says_all_that_is_wrong(speakers, tmp_path):
+    shutil.copytree(speakers, tmp_path / "data")
+    chosen = ["fps", "no template", "NaN", "no wav", "width"]
+    for name in chosen:
+        SPOILS[name][0](tmp_path / "data")
+    findings, about = data.examine(tmp_path / "data")
+    for name in chosen:
+        assert any(re.search(SPOILS[name][1], finding) for finding in findings), name
+    assert len(findings) == len(chosen) and about == []
+
+
+def test_to_check_no_folder_is_bad_usage(tmp_path):
+    assert run("data.py", "check", tmp_path / "nowhere") == run("data.py", "check") == run("data.py") == 2
 
 
 def test_random_crops_lie_within_their_clips_and_reach_both_ends():
