@@ -907,7 +907,7 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
     trains: [first] the first token as in the released training (style + bias) instead of its generation (style).
     Raises ValueError, in one line, for other files.
     """
-    path = stage1
+    path, stage = stage1, 1
     try:
         weights = rename(read_weights(stage1), STAGE1_NAMES)
         width, channels = weights["encoder.enter.weight"].shape
@@ -927,7 +927,8 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
         autoencoder = MotionAutoencoder(stage1_config)
         autoencoder.load_state_dict(weights | {"quantiser.uses": torch.zeros(codes)})
 
-        path, theirs = stage2, read_weights(stage2)
+        path, stage = stage2, 2
+        theirs = read_weights(stage2)
         table = theirs.pop("PPE.pe")[0]                                 # (frames, d); its rows repeat after a period
         period = next((row for row in range(1, len(table)) if torch.equal(table[row], table[0])), len(table))
         audio = rename({name.removeprefix("audio_encoder."): theirs.pop(name) for name in list(theirs)
@@ -945,5 +946,5 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
                               | {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()})
         return model.eval()
     except Exception as error:
-        raise ValueError(f"{path}: a released checkpoint of stage {1 if path == stage1 else 2} expected "
+        raise ValueError(f"{path}: a released checkpoint of stage {stage} expected "
                          f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
