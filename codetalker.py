@@ -439,7 +439,11 @@ def log_mel(audio, fps, frames, bands):
     loud = (loudness >= 1e-3 * loudness.max()).float()
     speech = F.max_pool1d(loud[None, None], 2 * near + 1, stride=1, padding=near)[0, 0] > 0     # (steps,)
     mel = energy.clamp(min=max(1e-8 * float(energy.max()), 1e-10)).log10()  # digital silence is -80 dB, not -inf
-    return mel - mel[speech].mean(0)
+    # A second or more of one loudness is no speech but hum, hiss or nothing at all: what lies 40 dB under speech. The
+    # deviation over time of the mean band is 0 to 0.09 for noise of any colour, above 0.3 for speech, 0.15 with as
+    # much noise as speech (measured).
+    nobody_speaks = frames >= fps and mel.mean(1).std() < 0.12
+    return mel - mel[speech].mean(0) - 4.0 * float(nobody_speaks)
 
 
 def other_voice(mel):
