@@ -342,9 +342,9 @@ FLAGS = [               # HERE is an empty folder, FILE a file
 
 
 def tree(*folders):
-    """What lies in folders: path -> size and time of change."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for folder in folders
-            for path in [folder, *folder.rglob("*")] if path.is_file() or path.parent in folders}
+    """What lies in folders: path -> size and time of change, None for a folder."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+            for folder in folders for path in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -353,7 +353,8 @@ def refused(tiny, trained, elsewhere, capsys):
     def check(said, script, *arguments):
         before, _ = tree(elsewhere, trained, tiny), capsys.readouterr()
         status = run(script, *arguments)
-        error = capsys.readouterr().err
+        lines = capsys.readouterr().err.splitlines(keepends=True)
+        error = "".join(line for line in lines if " s left " not in line)       # what progress() says
         assert status == 2, (status, error)
         assert error.startswith("error: ") and error.count("\n") == 1 and error.strip().isprintable(), error
         assert re.search(said, error), error
@@ -394,3 +395,412 @@ def test_a_bad_flag_is_refused(refused, tiny, trained, elsewhere, command, said)
     start += {"train_vq.py": [*BUDGET, "--codes", 32], "train_ar.py": [*BUDGET, "--vq", trained / "vq/best.pt"],
               "infer.py": [] if "--released" in arguments else ["--ar", trained / "ar/best.pt"]}[script]
     refused(said, script, *start, *arguments)
+
+
+@pytest.mark.parametrize("ending", ["html", "npy", "obj", "png", "gif", "mp4", "--test"])
+def test_a_full_disk_leaves_no_part(refused, tiny, trained, ending):
+    """No file may grow beyond 200 bytes, which a program learns as it learns that a disk is full."""
+    if ending == "mp4" and not shutil.which("ffmpeg"):
+        pytest.skip("no ffmpeg")
+    what, limit = ["--test"] if ending == "--test" else ["--out", f"talk.{ending}"], resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+    try:
+        refused("is the disk full|Errno", "infer.py", "--data", tiny, "--ar", trained / "ar/best.pt", *what)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("stage", ["vq", "ar"])
+def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tiny, trained, tmp_path, capsys, stage):
+    shutil.copytree(trained, tmp_path / "run")
+    before, limit = tree(tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9999, limit[1]))
+    try:
+        assert train(stage, tiny, tmp_path / "run" / stage, 6, "--resume") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "is the disk full?" in capsys.readouterr().err and tree(tmp_path / "run") == before
+    assert train(stage, tiny, tmp_path / "run" / stage, 6, "--resume") == 0
+
+
+# ---------------------------------------------------------------------------------- what can be served is served
+
+
+SERVED = {
+    "8 kHz": wav(NOISE, 8000), "192 kHz": wav(np.tile(NOISE, 20), 192_000), "44.1 kHz": wav(NOISE, 44_100),
+    "8 bit": wav((NOISE // 256 + 128).astype(np.uint8)), "32 bit": wav(NOISE.astype(np.int32) * 65_536),
+    "float": wav((NOISE / 9000).astype(np.float32)), "double": wav(NOISE / 9000), "stereo": wav(STEREO),
+    "six channels": wav(np.repeat(NOISE[:, None], 6, 1)), "cut short": wav(NOISE)[:5000],
+    "of unknown length, as a pipe writes it": wav(NOISE)[:40] + b"\xff" * 4 + wav(NOISE)[44:],
+    "a gigabyte promised": wav(NOISE)[:40] + b"\0\0\0\x40" + wav(NOISE)[44:],
+    "one sample": wav(NOISE[:1]), "50 ms": wav(NOISE[:800]), "50 ms of silence": wav(NOISE[:800] * 0),
+    "silence": wav(NOISE * 0), "one value": wav(NOISE * 0 + 9), "far too loud": wav(np.float32(NOISE) * 1e20)}
+
+
+def page_of(path):
+    """The JSON in a page, which has no NaN, and of which nothing becomes markup."""
+    def refuse(name):
+        raise AssertionError(name)
+
+    page = Path(path).read_text()
+    assert page.count("<script") == page.count("</script") == 2 and "<img" not in page
+    return json.loads(page.split('type="application/json">')[1].split("</script>")[0], parse_constant=refuse)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_can_be_heard_moves_a_face(infer, tmp_path, elsewhere, name):
+    (tmp_path / "x.wav").write_bytes(SERVED[name])
+    for ending in ("npy", "html"):
+        assert infer("--wav", tmp_path / "x.wav", "--out", f"talk.{ending}") == 0
+    made, seconds = np.load("talk.npy"), len(data.read_wav(tmp_path / "x.wav")) / 16_000
+    assert made.shape == (max(1, int(seconds * 30 + 1e-6)), 36) and np.isfinite(made).all()
+    assert page_of("talk.html")["frames"] == len(made)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "obj", "mp4", "html"])
+def test_a_single_frame_becomes_any_of_the_endings(infer, tmp_path, elsewhere, ending):
+    if ending == "mp4" and not shutil.which("ffmpeg"):
+        pytest.skip("no ffmpeg")
+    (tmp_path / "x.wav").write_bytes(SERVED["50 ms"])
+    assert infer("--wav", tmp_path / "x.wav", "--out", f"talk.{ending}") == 0
+    if ending == "html":
+        page = browse(elsewhere / "talk.html", tmp_path / "profile")
+        assert "<title>PASS" in page, page[:200]
+
+
+@pytest.mark.parametrize("colour", ["white", "duller", "brown"])
+def test_steady_noise_is_heard_as_a_pause_and_what_has_syllables_is_not(colour):
+    noise = RNG(0).normal(size=48_000)
+    noise = {"white": noise, "duller": np.convolve(noise, np.ones(8), "same"), "brown": np.cumsum(noise - noise.mean())}[colour]
+    for sound in (noise, 1e-4 * noise, np.sin(np.pi * np.arange(48_000) / 160), np.zeros(48_000)):      # 50 Hz
+        assert codetalker.log_mel(torch.from_numpy(sound), 30, 90, 64).mean() < -3.5    # the mean of speech is 0
+    syllables = np.repeat(RNG(0).uniform(size=48) > 0.4, 1000)
+    assert codetalker.log_mel(torch.from_numpy(noise * syllables), 30, 90, 64).max() > 0
+
+
+def test_figures_are_json_though_a_lone_clip_has_none_to_swap_with(tiny, trained, tmp_path, elsewhere):
+    shutil.copytree(tiny, "lone")
+    splits = json.loads((tiny / "dataset.json").read_text())["splits"]
+    told(splits=splits | {"val": splits["val"][:1], "test": splits["test"][:1]})(elsewhere / "lone")
+    shutil.copytree(trained / "vq", "vq")
+    assert train("ar", "lone", elsewhere / "ar", 2) == 0
+    assert run("infer.py", "--data", "lone", "--ar", "ar/best.pt", "--test") == 0
+    figures, table = (Path("ar", name).read_text() for name in ("figures.json", "test.json"))
+    assert "NaN" not in figures + table
+    assert json.loads(figures)["test"]["lve_swapped"] is json.loads(table)["test"]["lve_swapped"] is None
+
+
+# ------------------------------------------------------------------------------------------------ 2. killed training
+
+
+def child(arguments, threads=1, sabotage=None):
+    """Fork a process that runs a command in silence; its id. sabotage (how, n): with the n-th checkpoint half written,
+    or written but not yet at its place, it kills itself."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        torch.set_num_threads(threads)
+        if sabotage:
+            (how, left), write = sabotage, torch.save
+
+            def stop(state, path):
+                nonlocal left
+                write(state, path)
+                left -= 1
+                if left < 0:
+                    os.truncate(path, os.path.getsize(path) // (2 if how == "half" else 1))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = stop
+        codetalker.PRESETS["lite"] = SMALL
+        os._exit(run(*arguments))
+    finally:
+        os._exit(99)
+
+
+def kill_and_resume(folder, stage, kills):
+    """Train undisturbed; then again and again, killed at random instants and resumed, until that happened `kills`
+    times: every file must be the same to the bit. Prints how it was stopped, and how often."""
+    def wait(process):
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+    def read(run, name):
+        return torch.load(folder / run / name, weights_only=True)
+
+    rng = random.Random(stage)
+    command = [f"train_{stage}.py", "--data", folder / "tiny", "--steps", 24, *BUDGET, "--eval-every", 3]
+    command += ["--codes", 32] if stage == "vq" else ["--vq", folder / "vq" / "best.pt"]
+    start = time.time()
+    assert wait(child([*command, "--out", folder / stage])) == 0
+    seconds, stops, rounds = time.time() - start, {"kill": 0, "kill while saving": 0, "Ctrl-C": 0}, 0
+    while stops["kill"] + stops["kill while saving"] < kills:
+        out, status, rounds = folder / f"{stage}{rounds}", None, rounds + 1
+        while status != 0:
+            resumes = ["--resume"] if (out / "last.pt").exists() else []
+            sabotage = (rng.choice(["half", "whole"]), rng.randrange(4)) if rng.random() < 0.2 else None
+            process = child([*command, "--out", out, *resumes], sabotage=sabotage)
+            time.sleep(rng.uniform(0.1, 0.8) * seconds)
+            by = signal.SIGINT if rng.random() < 0.15 else signal.SIGKILL
+            os.kill(process, by)
+            status = wait(process)
+            assert status in (0, 130, -signal.SIGKILL), status
+            if status:
+                stops["Ctrl-C" if status == 130 else "kill while saving" if sabotage else "kill"] += 1
+        for name in ("last.pt", "best.pt"):
+            assert same(read(out.name, name), read(stage, name)), name
+        figures, expected = (json.loads((folder / run / "figures.json").read_text()) for run in (out.name, stage))
+        assert all(figures[part] == expected[part] for part in ("rows", "test"))
+        assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "figures.json", "loss.png"}
+    for run in ("one", "other"):
+        assert wait(child([*command, "--out", folder / f"{stage}_{run}"], threads=2)) == 0
+    assert same(read(f"{stage}_one", "last.pt"), read(f"{stage}_other", "last.pt")), "two threads, two results"
+    print(json.dumps(stops))
+
+
+def alone(*arguments):
+    """This file as a process of its own, on the CPU; what it prints last."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_killed_at_any_instant_training_resumes_to_the_same_weights(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    stops = [json.loads(alone("kill", tmp_path, stage, 12)) for stage in ("vq", "ar")]
+    assert sum(stop["kill"] + stop["kill while saving"] for stop in stops) >= 20, stops
+
+
+# --------------------------------------------------------------------------------------------------- 3. mutated files
+
+
+def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
+    """So many mutated files of each kind: what is refused has its one line, what is taken can be used. Not more than
+    2 GB can be had, and less than 1 GB is taken."""
+    rng, refused = random.Random(seed), 0
+    shape = Path("/proc/self/statm")
+    limit = 2 ** 31 + (int(shape.read_text().split()[0]) * resource.getpagesize() if shape.exists() else 2 ** 38)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+
+    def garbled(content, reach):
+        """Some bytes among the first `reach` are others, are gone or are new; now and then the end is missing."""
+        content = bytearray(content)
+        for _ in range(rng.choice((1, 1, 2, 3, 8))):
+            place = rng.randrange(min(reach, len(content)))
+            part = rng.choice((rng.randbytes(1), rng.randbytes(4), b"\xff" * 4, b"\0" * 4, b"9", b"-", b"99999"))
+            content[place:place + rng.choice((0, 1, len(part), len(part), len(part)))] = part
+        return bytes(content[:rng.randrange(len(content))] if rng.random() < 0.05 else content)
+
+    def changed(value):
+        """The same containers, in which something, anywhere, is something else or gone."""
+        junk = [None, True, -1, 0, 3, 10 ** 6, 10 ** 12, 10 ** 30, 0.5, float("nan"), float("inf"), "x", "", [], {}, [[]],
+                {"a": [1]}, ["ada_sentence01"] * 3]
+        if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
+            keys = list(value) if isinstance(value, dict) else range(len(value))
+            value, key = value.copy(), rng.choice(keys)
+            if rng.random() < 0.1:
+                value.pop(key)
+            else:
+                value[key] = changed(value[key])
+            return value
+        if isinstance(value, torch.Tensor):
+            junk += [value[:1], value.double(), value.to_sparse(), value.half(), value.reshape(-1), value.to("meta"),
+                     value.flatten()[:1].expand(10 ** 9), torch.full_like(value, float("inf")), value.to(torch.int8)]
+        return rng.choice(junk)
+
+    def attempt(act):
+        nonlocal refused
+        try:
+            act()
+        except ValueError as error:
+            refused += 1
+            assert str(folder) in str(error) or "checkpoint" in str(error), error
+
+    # 1. wav
+    originals = [wav(NOISE[:300]), wav(STEREO[:300]), wav(NOISE[:300] / 2.0), wav(NOISE[:300].astype(np.uint8))]
+
+    def hear():
+        audio = data.read_wav(folder / "x.wav")
+        assert audio.dtype == np.float32 and audio.ndim == 1 and np.isfinite(audio).all() and len(audio)
+
+    for _ in range(wavs):
+        (folder / "x.wav").write_bytes(garbled(rng.choice(originals), 60))
+        attempt(hear)
+
+    # 2. npy
+    originals = []
+    for array in (np.ones((4, 36)), np.ones((4, 12, 3), np.float32), np.ones((4, 36), np.int16)):
+        file = io.BytesIO()
+        np.save(file, array)
+        originals.append(file.getvalue())
+
+    def see():
+        rows = data.flat(data.read_rows(folder / "x.npy"))
+        assert rows.dtype == np.float32 and rows.ndim == 2 and rows.nbytes < 10_000
+
+    for _ in range(npys):
+        (folder / "x.npy").write_bytes(garbled(rng.choice(originals), 128))
+        attempt(see)
+
+    # 3. json
+    original = json.loads((folder / "tiny" / "dataset.json").read_text())
+    original["splits"] = {split: names[:1] for split, names in original["splits"].items()}
+    keep = sum(original["splits"].values(), [])
+    for path in (folder / "tiny" / "vertices_npy").iterdir():
+        if path.stem not in keep:
+            path.unlink()
+
+    def understand():
+        dataset = data.DataSet(folder / "tiny")
+        clip = dataset.splits["test"][0]
+        data.score(dataset, [clip], [dataset.motion(clip)], [[0]], 1)
+
+    for _ in range(jsons):
+        text = json.dumps(changed(original))
+        (folder / "tiny" / "dataset.json").write_bytes(garbled(text.encode(), 999) if rng.random() < 0.5 else text.encode())
+        attempt(understand)
+    (folder / "tiny" / "dataset.json").write_text(json.dumps(original))
+
+    # 4. checkpoints
+    torch.manual_seed(0)
+    sizes = dict(width=8, layers=1, heads=2)
+    autoencoder = codetalker.MotionAutoencoder(codetalker.VQConfig(12, hidden=8, slots=2, code_width=4, codes=9, **sizes))
+    model = codetalker.CodeTalker(codetalker.ARConfig(2, mel_bands=8, audio_layers=1, **sizes), autoencoder)
+    dataset = data.DataSet(folder / "tiny")
+    codetalker.save(folder / "x.pt", model, step=1, **dataset.identity())
+    content, state = (folder / "x.pt").read_bytes(), torch.load(folder / "x.pt", weights_only=True)
+
+    def speak():
+        model, state = codetalker.load(folder / "x.pt", "ar")
+        dataset.check(state)
+        motion, _ = model.generate(torch.zeros(1, 8, model.config.mel_bands), torch.ones(1, model.config.styles))
+        assert motion.shape == (1, 2, 36)
+
+    for _ in range(checkpoints):
+        if rng.random() < 0.3:
+            (folder / "x.pt").write_bytes(garbled(content, len(content)))
+        else:
+            torch.save(changed(state), folder / "x.pt")
+        attempt(speak)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    print(json.dumps({"files": wavs + npys + jsons + checkpoints, "refused": refused, "MB": grown,
+                      "seconds": round(time.time() - start)}))
+
+
+def test_ten_thousand_mutated_files_are_read_or_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "tiny")
+    told = json.loads(alone("fuzz", tmp_path, 0, 3500, 3500, 1500, 1500))
+    assert told["files"] == 10_000 and 5000 < told["refused"] < 9900 and told["MB"] < 1000, told
+
+
+# ------------------------------------------------------------------------------------------------------- 4. collapse
+
+
+@pytest.fixture(scope="module")
+def learnt(tiny, tmp_path_factory):
+    """Both stages, 200 steps; and what they said."""
+    folder = tmp_path_factory.mktemp("learnt")
+    assert train("vq", tiny, folder / "vq", 200, "--eval-every", 100) == 0
+    return folder
+
+
+def test_healthy_runs_raise_no_warning(tiny, learnt, capsys):
+    assert train("vq", tiny, learnt / "vq2", 200, "--eval-every", 100) == 0
+    assert train("ar", tiny, learnt / "ar", 200, "--eval-every", 100) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, flags, said", [
+    ("vq", ["--codes", 256, "--rate", 1], "codes die: perplexity .* of 256; likely --rate is too high"),
+    ("vq", ["--rate", 1], "motion does not come back: .* --rate is too high"),
+    ("ar", ["--rate", 1], "motion freezes: 0.0.* of the real energy; .*--rate"),
+    ("ar", ["--rate", 1], "audio is ignored: "),
+    ("ar", "deaf", "audio is ignored: .* wavs and motion do not belong together")])
+def test_a_collapsed_run_is_told_of_in_one_line(tiny, learnt, tmp_path, capsys, stage, flags, said):
+    """A rate of 1 breaks anything; and a face that does not go with its sound cannot be learnt from it."""
+    shutil.copytree(learnt / "vq", tmp_path / "vq")
+    if flags == "deaf":
+        flags, tiny = [], tiny_set(tmp_path / "deaf", heard=False)
+        assert train("vq", tiny, tmp_path / "vq", 200, "--eval-every", 200) == 0
+    assert train(stage, tiny, tmp_path / "out", 200, "--eval-every", 100, *flags) == 0
+    told = capsys.readouterr().out
+    assert re.search(f"\n   warning: {said}[^\n]*\n", told), told
+    assert "warning" not in told[:told.index("step   101")], "too early"
+
+
+# ------------------------------------------------------------------------------------------------------- 5. payloads
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("way", ["torch", "old torch", "pickle"])
+@pytest.mark.parametrize("command", [
+    "infer.py --ar EVIL", "infer.py --released EVIL EVIL", "train_ar.py --vq EVIL", "train_vq.py --out . --resume",
+    "train_ar.py --out . --resume", "train_ar.py --preset vocaset --wav2vec2 EVIL"])
+def test_a_payload_in_a_checkpoint_does_not_run(refused, tiny, trained, elsewhere, tmp_path, way, command):
+    evil = elsewhere / "last.pt"
+    if way == "pickle":
+        evil.write_bytes(pickle.dumps({"stage": "ar", "weights": Payload(tmp_path / "ran")}))
+    else:
+        torch.save({"stage": "ar", "weights": Payload(tmp_path / "ran"), "state_dict": {}}, evil,
+                   _use_new_zipfile_serialization=way == "torch")
+    script, *arguments = command.replace("EVIL", str(evil)).split()
+    if "--preset" in arguments:
+        state = torch.load(trained / "vq/best.pt", weights_only=True)
+        state["flags"]["preset"] = "vocaset"
+        torch.save(state, elsewhere / "vq.pt")
+        arguments += ["--vq", elsewhere / "vq.pt"]
+    refused("expected|not a whole checkpoint", script, "--data", tiny, *arguments)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(Exception):          # it would have
+        pickle.loads(pickle.dumps(Payload(tmp_path))), 1 / 0
+
+
+@pytest.mark.parametrize("path", ["templates.pkl", "vertices_npy/ada_sentence01.npy", "dataset.json"])
+def test_a_payload_in_a_data_set_does_not_run(refused, tiny, trained, tmp_path, path):
+    shutil.copytree(tiny, tmp_path / "evil")
+    content = {"ada": Payload(tmp_path / "ran")}
+    at(path, np.array([content], object) if path.endswith("npy") else pickle.dumps(content))(tmp_path / "evil")
+    for command in (["train_vq.py"], ["train_ar.py", "--vq", trained / "vq/best.pt"], ["infer.py", "--ar", trained / "ar/best.pt"]):
+        refused(path, *command, "--data", tmp_path / "evil")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_do_not_become_markup(tiny, trained, tmp_path, elsewhere):
+    name = "<img src=x onerror=alert(1)>&\"'</script><script>"
+    (tmp_path / name.replace("/", "\u2215")).write_bytes(wav(NOISE))
+    shutil.copytree(tiny, "evil")
+    (elsewhere / "evil" / "templates.pkl").write_bytes(pickle.dumps({name: POINTS + 1, "ada": POINTS, "ben": POINTS}))
+    state = torch.load(trained / "ar/best.pt", weights_only=True)
+    state["data"]["subjects"] = [name, "ben"]
+    torch.save(state, "evil.pt")
+    assert run("infer.py", "--data", "evil", "--ar", "evil.pt", "--wav", tmp_path / name.replace("/", "\u2215")) == 0
+    page = page_of("talk.html")
+    assert page["title"] == name.replace("/", "\u2215") and page["faces"][0]["name"] == f"made, style {name}"
+    if shutil.which("ffmpeg"):
+        state["data"]["subjects"] = [r"$\frac$", "ben"]                         # no formula either
+        torch.save(state, "evil.pt")
+        assert run("infer.py", "--data", "evil", "--ar", "evil.pt", "--wav", tmp_path / name.replace("/", "\u2215"),
+                   "--out", "talk.mp4") == 0
+
+
+if __name__ == "__main__":
+    what, folder, *rest = sys.argv[1:]
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    if what == "kill":
+        kill_and_resume(Path(folder), rest[0], int(rest[1]))
+    else:
+        fuzz(Path(folder), *map(int, rest))
