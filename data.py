@@ -1634,6 +1634,7 @@ class CommandLine(argparse.ArgumentParser):
 @contextmanager
 def cannot():
     """A mistake of the user's is answered by one line and exit status 2 (Ctrl-C: 130), not by a traceback."""
+    before = signals.getsignal(signals.SIGINT)
     try:
         yield
         return
@@ -1642,9 +1643,12 @@ def cannot():
     except (ValueError, OSError, RecursionError) as error:
         text, status = f"error: {error}", 2
     except (MemoryError, RuntimeError) as error:            # PyTorch has a RuntimeError for it
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         text, status = f"error: not enough memory; give less at once, as by --batch or --window ({why(error)})", 2
+    finally:
+        if signals.getsignal(signals.SIGINT) is not before:             # what hear_interrupts has changed
+            signals.signal(signals.SIGINT, before)
     # Whatever stands in a file's name or content: it stays one line and moves no cursor.
     print("".join(letter if letter.isprintable() else " " for letter in text), file=sys.stderr)
     sys.exit(status)

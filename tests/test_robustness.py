@@ -529,10 +529,11 @@ def kill_and_resume(folder, stage, kills):
 
     rng, stops = random.Random(stage), {"kill": 0, "Ctrl-C": 0, "rounds": 0}
     command = [f"train_{stage}.py", "--data", folder / "tiny", "--steps", 60, *BUDGET, "--eval-every", 3]
-    command += ["--codes", 32] if stage == "vq" else ["--vq", folder / "vq" / "best.pt"]
+    command += ["--codes", 32, "--rate", 0.1] if stage == "vq" else ["--vq", folder / "vq" / "best.pt"]
     start = time.time()
     assert wait(child([*command, "--out", folder / stage])) == 0
     seconds = time.time() - start
+    assert torch.load(folder / stage / "best.pt", weights_only=True)["step"] < 60       # so that `best` must be kept
     while stops["kill"] < kills:
         out, status = folder / f"{stage}{stops['rounds']}", None
         stops["rounds"] += 1
@@ -554,6 +555,26 @@ def kill_and_resume(folder, stage, kills):
         assert all(figures[part] == expected[part] for part in ("rows", "test"))
         assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "figures.json", "loss.png"}
     print(json.dumps(stops))
+
+
+@pytest.mark.parametrize("stage", ["vq", "ar"])
+def test_ctrl_c_saves_at_the_end_of_the_step_and_says_how_to_go_on(tiny, trained, tmp_path, monkeypatch, capsys, stage):
+    shutil.copytree(trained / "vq", tmp_path / "vq")
+    tell, steps = data.clock, iter(range(1, 99))
+
+    def clock(*times):              # it is told at each step
+        if next(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return tell(*times)
+
+    assert train(stage, tiny, tmp_path / "whole", 8, "--eval-every", 3) == 0
+    monkeypatch.setattr(data, "clock", clock)
+    assert train(stage, tiny, tmp_path / "halves", 8, "--eval-every", 3) == 130
+    assert capsys.readouterr().err == "stopped after step 5; the same command with --resume goes on from there\n"
+    assert torch.load(tmp_path / "halves" / "last.pt", weights_only=True)["step"] == 5
+    assert train(stage, tiny, tmp_path / "halves", 8, "--eval-every", 3, "--resume") == 0
+    for name in ("last.pt", "best.pt"):
+        assert same(*(torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "halves")))
 
 
 def alone(*arguments):
