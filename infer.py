@@ -55,6 +55,7 @@ FIGURES = {"lve": ("LVE: largest squared lip distance, mean over frames", "mm2")
            "fdd": ("FDD: upper-face dynamics, real - made, signed", "mm2"), "fdd_abs": ("FDD, absolute", "mm2"),
            "gap_correlation": ("lip-gap correlation", "of 1"), "r2": ("variance explained", "of 1"),
            "energy": ("energy of motion, made / real", ""), "upper_energy": ("the same, upper face", ""),
+           "upper_distance": ("distance of upper-face distributions", "of 1 std"),
            "codes_used": ("codes in use", "codes"), "perplexity": ("perplexity of the codes", "codes")}
 STILLS = {"rest": "SIL", "closed": "M B P", "open": "AA AE AO", "rounded": "UW OW W", "lip to teeth": "F V",
           "spread": "IY EY"}        # what the mouth does, in which phones
