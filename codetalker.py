@@ -117,12 +117,12 @@ def hold_last(x, lengths):
     """Fill the padding behind each sequence with its last real frame.
 
     A convolution with replicate padding then sees at the end of a short sequence in a batch exactly what it
-    would see if the sequence were alone. x (B, T, ...), lengths (B,) or None; returns the shape of x.
+    would see if the sequence were alone. x (B, T, channels), lengths (B,) or None; returns the shape of x.
     """
     if lengths is None:
         return x
-    index = torch.arange(x.shape[1], device=x.device)[None].minimum(lengths[:, None] - 1)       # (B, T)
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    last = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, channels)
+    return torch.where(inside(lengths, x.shape[1])[..., None], x, last[:, None])
 
 
 def masked_mean(x, lengths):
