@@ -315,7 +315,7 @@ class Quantiser(nn.Module):
         with torch.autocast(z_e.device.type, enabled=False):
             z_e = z_e.float()
             indices = self.nearest(z_e).view(z_e.shape[:-1])            # (B, T, H)
-            z_q = self.codebook[indices]                                # (B, T, H, c)
+            z_q = F.embedding(indices, self.codebook)                   # (B, T, H, c)
             codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
             commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
             if self.training:
