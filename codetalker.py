@@ -91,13 +91,14 @@ class ARConfig:
     motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
     history: str = "codes"          # [history] what is fed back; the paper: "motion"
+    memory: int = 90                # [memory] frames that a frame looks back on, itself included; the paper: 600
     wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
     audio_steps: int = 1            # k, audio steps that a frame attends to; BIWI 2
 
 
 WAV2VEC2_BASE = {"convs": 512, "width": 768, "layers": 12, "heads": 12, "hidden": 3072}
 _PAPER1 = dict(width=1024, layers=6, heads=8, hidden=1536, instance_norm=True, squared=False)
-_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", wav2vec2=WAV2VEC2_BASE)
+_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", memory=600, wav2vec2=WAV2VEC2_BASE)
 PRESETS = {                         # fields of VQConfig, fields of ARConfig
     "lite": ({}, {}),
     "vocaset": (dict(slots=16, code_width=64, **_PAPER1), dict(layers=6, **_PAPER2)),
@@ -133,6 +134,33 @@ def masked_mean(x, lengths):
     return (x * mask).sum() / (mask.sum() * x.shape[-1])
 
 
+PIECE, OVERLAP = 600, 60            # frames: 20 s, where the released code ends, so what it can do is not cut; and 2 s
+
+
+def in_pieces(make, frames, lengths=None):
+    """make(start, stop, lengths) -> (B, stop - start, channels), for all frames, so that attention's memory is bounded.
+
+    Up to PIECE frames are made at once; of more, pieces, each faded into the next over OVERLAP frames. In a batch, a
+    sequence takes from no piece that it would not need alone. `lengths` (B,) are passed on as those within the piece.
+    """
+    if frames <= PIECE:
+        return make(0, frames, lengths)
+    for start in range(0, frames - OVERLAP, PIECE - OVERLAP):
+        stop = min(start + PIECE, frames)
+        piece = make(start, stop, None if lengths is None else (lengths - start).clamp(1, stop - start))
+        if start == 0:
+            whole = piece.new_empty(len(piece), frames, piece.shape[2])
+        else:
+            rise = torch.linspace(0, 1, OVERLAP + 2, device=piece.device)[1:-1, None]       # (OVERLAP, 1)
+            if lengths is not None:
+                rise = rise * (lengths > start + OVERLAP)[:, None, None]                    # (B, OVERLAP, 1)
+            fading = slice(start, start + OVERLAP)
+            whole[:, fading] = torch.lerp(whole[:, fading], piece[:, :OVERLAP], rise.to(piece.dtype))
+            start, piece = start + OVERLAP, piece[:, OVERLAP:]
+        whole[:, start:stop] = piece
+    return whole
+
+
 def padding_bias(lengths, frames):
     """(B, 1, 1, frames): 0 for real keys, -inf for padding; None without lengths. Added to attention scores."""
     if lengths is None:
@@ -163,7 +191,7 @@ class Attention(nn.Module):
 
     forward(x, source, bias, cache): x (B, T, d) asks, source (B, S, d) answers (None: x itself); bias broadcasts
     to (B, heads, T, S). cache: a dict that keeps keys and values between calls, so that generation pays for each
-    frame once; new keys are appended to it.
+    frame once; new ones are appended, and as many of the last are kept as bias has columns.
     """
 
     def __init__(self, width, heads, qkv_bias=True):
@@ -180,10 +208,13 @@ class Attention(nn.Module):
 
     def forward(self, x, source=None, bias=None, cache=None):
         source = x if source is None else source
+        if source.shape[-2] == 1 and cache is None:                     # of one alone the softmax is 1, whatever is asked
+            return self.out(self.value(source)).expand_as(x)
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         if cache is not None:
             if "key" in cache:
-                key, value = torch.cat([cache["key"], key], -2), torch.cat([cache["value"], value], -2)
+                key, value = (torch.cat([cache[name], new], -2)[..., -bias.shape[-1]:, :]
+                              for name, new in (("key", key), ("value", value)))
             cache["key"], cache["value"] = key, value
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])     # (B, heads, T, S)  [scale]
         if bias is not None:
@@ -208,8 +239,10 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, qkv_bias=False)
         self.feed_forward = FeedForward(width, hidden, nn.GELU(approximate="tanh"))
 
-    def forward(self, x, bias):
-        x = x + self.attention(self.norm1(x), bias=bias)
+    def forward(self, x, bias, asking=slice(None)):
+        """asking: the frames that are wanted; they still look at all."""
+        normed = self.norm1(x)
+        x = x[:, asking] + self.attention(normed[:, asking], normed, bias)
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -227,15 +260,16 @@ class Temporal(nn.Module):
         # [position] no positions are added: frames are ordered by the convolution alone.
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.layers))
 
-    def forward(self, x, lengths=None):
+    def forward(self, x, lengths=None, last=False):
+        """last: only the last frame is wanted, (B, 1, d); what leads to it needs all frames all the same."""
         x = F.leaky_relu(self.conv(x, lengths), 0.2)
         if self.instance_norm:                                          # [norm]
             x = instance_norm(x, lengths)
         x = self.linear(x)
         bias = padding_bias(lengths, x.shape[1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, bias)
-        return x
+        return self.blocks[-1](x, bias, slice(-1, None) if last else slice(None))
 
 
 def instance_norm(x, lengths=None):
@@ -280,9 +314,8 @@ class MotionDecoder(nn.Module):
         self.leave = nn.Linear(config.width, config.vertices * 3, bias=not config.code_linear)
 
     def forward(self, z_q, lengths=None, last=False):
-        """last: only the last frame's motion is wanted, (B, 1, V*3); what leads to it needs all frames all the same."""
-        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths)    # (B, T, H*c) -> (B, T, d)
-        return self.leave(x[:, -1:] if last else x)                     # (B, T, V*3)
+        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths, last)      # (B, T, H*c) -> (B, T or 1, d)
+        return self.leave(x)                                            # (B, T or 1, V*3)
 
 
 class Quantiser(nn.Module):
@@ -386,12 +419,15 @@ class MotionAutoencoder(nn.Module):
 
     def encode(self, motion, lengths=None):
         """Motion (B, T, V*3) -> codes (B, T, H) int64."""
-        z_e = self.encoder(motion, lengths)
+        z_e = in_pieces(lambda start, stop, within: self.encoder(motion[:, start:stop], within).flatten(2),
+                        motion.shape[1], lengths).unflatten(2, (self.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
         return self.quantiser.nearest(z_e).view(z_e.shape[:-1])
 
-    def decode(self, indices, lengths=None, last=False):
-        """Codes (B, T, H) -> motion (B, T, V*3), or of the last frame alone (B, 1, V*3)."""
-        return self.decoder(self.quantiser.codebook[indices], lengths, last)
+    def decode(self, indices, lengths=None):
+        """Codes (B, T, H) -> motion (B, T, V*3)."""
+        return in_pieces(lambda start, stop, within:
+                         self.decoder(self.quantiser.codebook[indices[:, start:stop]], within),
+                         indices.shape[1], lengths)
 
 
 # ================================================================================= audio: the front end and the encoder
@@ -430,9 +466,11 @@ def log_mel(audio, fps, frames, bands):
     centre = ((torch.arange(steps) + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
     needed = int(centre[-1]) + WINDOW
     audio = F.pad(audio.float(), (WINDOW // 2, max(0, needed - len(audio))))
-    window = torch.hann_window(WINDOW, periodic=False)
-    spectrum = torch.fft.rfft(audio[centre[:, None] + torch.arange(WINDOW)] * window, FFT)     # (steps, FFT/2 + 1)
-    energy = spectrum.abs().square() @ mel_filterbank(bands)                                   # (steps, bands)
+    window, bank, energy = torch.hann_window(WINDOW, periodic=False), mel_filterbank(bands), []
+    for some in centre.split(5000):                                     # spectra are large; bands are not
+        spectrum = torch.fft.rfft(audio[some[:, None] + torch.arange(WINDOW)] * window, FFT)    # (steps, FFT/2 + 1)
+        energy.append(spectrum.abs().square() @ bank)
+    energy = torch.cat(energy)                                          # (steps, bands)
     loudness = energy.sum(1)
     near = round(0.2 * fps * STEPS_PER_FRAME)                           # steps in 200 ms
     loud = (loudness >= 1e-3 * loudness.max()).float()
@@ -578,19 +616,19 @@ def prepare(audio, fps, frames, config):
 # ===================================================================== stage 2: speech-driven code query
 
 
-def periodic_positions(first, frames, period, width):
+def periodic_positions(period, width):
     """Sinusoids that repeat every `period` frames, so that no length is ever out of range (Fan et al. 2022).
 
-    Rows first .. first + frames - 1 of the endless table, (frames, width) float32:
-    P[t, 2i] = sin((t mod period) / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
+    One period of them, (period, width) float32; frame t takes row t mod period:
+    P[t, 2i] = sin(t / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
     """
-    position = (torch.arange(first, first + frames) % period)[:, None]
-    angle = position / 10_000 ** (torch.arange(0, width, 2) / width)    # (frames, width / 2)
+    angle = torch.arange(period)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)   # (period, width / 2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)       # sine and cosine interleaved
 
 
-def causal_bias(frames, period, heads):
-    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i.
+def causal_bias(frames, period, heads, memory):
+    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i and
+    for what is `memory` frames back or more.
 
     The last period is seen as it is, each one before it a little fainter; the slopes 4^-(h+1) for h = 0, 1, ...
     give every head its own memory (FaceFormer, Fan et al. 2022, after Press et al. 2022).
@@ -598,7 +636,7 @@ def causal_bias(frames, period, heads):
     back = torch.arange(frames)[:, None] - torch.arange(frames)[None]   # i - j
     slope = 4.0 ** -torch.arange(1, heads + 1)
     bias = -slope[:, None, None] * torch.div(back, period, rounding_mode="floor")
-    return bias.masked_fill(back < 0, -math.inf)
+    return bias.masked_fill((back < 0) | (back >= memory), -math.inf)
 
 
 class DecoderLayer(nn.Module):
@@ -623,9 +661,6 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
-LONGEST_PREFIX = 600                # frames; the released code ends here, we go on with the last so many
-
-
 class CodeTalker(nn.Module):
     """Stage 2: an autoregressive transformer that asks the frozen codebook of stage 1 for the next frame."""
 
@@ -641,6 +676,7 @@ class CodeTalker(nn.Module):
             self.audio_encoder = AudioEncoder(config)
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
         self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
+        self.register_buffer("positions", periodic_positions(config.period, config.width), persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.query = nn.Linear(config.width, features, bias=False)
         nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
@@ -660,8 +696,15 @@ class CodeTalker(nn.Module):
         if not self.config.wav2vec2:
             return self.audio_encoder(sound, lengths).unsqueeze(2)      # (B, T, 1, d)
         k = self.config.audio_steps
-        features = [self.audio_encoder(wave, int(frames), k) for wave, frames in zip(sound, lengths)]
-        return self.audio_map(pad_sequence(features, batch_first=True)).unflatten(1, (-1, k))   # (B, T*k, d)
+
+        def hear(wave, frames):
+            def part(start, stop, _):
+                samples = wave[len(wave) * start // frames:len(wave) * stop // frames]
+                return self.audio_encoder(samples, stop - start, k).view(1, stop - start, -1)   # (1, T, k * width)
+            return in_pieces(part, frames)[0]
+
+        features = pad_sequence([hear(wave, int(n)) for wave, n in zip(sound, lengths)], batch_first=True)
+        return self.audio_map(features.unflatten(2, (k, -1)))           # (B, T, k * width) -> (B, T, k, d)
 
     def embed(self, past, style, first=0):
         """The transformer's input for frames first, first + 1, ...: history + style + periodic position.
@@ -673,14 +716,14 @@ class CodeTalker(nn.Module):
         x = self.history(past)                                          # [history]
         if first == 0:                                                  # [first]
             x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
-        position = periodic_positions(first, past.shape[1], self.config.period, self.config.width)
-        return self.dropout(x + (style @ self.style)[:, None] + position.to(x))
+        row = torch.arange(first, first + past.shape[1], device=x.device) % self.config.period
+        return self.dropout(x + (style @ self.style)[:, None] + self.positions[row])
 
     def answer(self, fed, style, audio):
         """What the transformer says to a whole history at once: fed (B, T, H*c or V*3), of which frame t sees what is
         before it, style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
         x = self.embed(fed.roll(1, dims=1), style)                      # each frame's predecessor
-        bias = causal_bias(x.shape[1], self.config.period, self.config.heads).to(x.device)
+        bias = causal_bias(x.shape[1], self.config.period, self.config.heads, self.config.memory).to(x.device)
         for layer in self.layers:
             x = layer(x, audio, bias)
         return self.query(x).unflatten(-1, (self.autoencoder.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
@@ -718,7 +761,8 @@ class CodeTalker(nn.Module):
     @torch.no_grad()
     def generate(self, sound, style, lengths=None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
-        sequence changes nothing before its end.
+        sequence changes nothing before its end. A frame costs the same however long the sequence: it looks at the last
+        `memory` frames, of which keys and values are kept.
 
         sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H).
         """
@@ -726,20 +770,22 @@ class CodeTalker(nn.Module):
         quantiser, slots = self.autoencoder.quantiser, self.autoencoder.config.slots
         audio = self.listen(sound, lengths)                             # (B, T, k, d)
         batch, frames, device = len(audio), audio.shape[1], audio.device
-        bias = causal_bias(frames, self.config.period, self.config.heads).to(device)
+        memory = min(frames, self.config.memory)
+        bias = causal_bias(memory, self.config.period, self.config.heads, memory)[:, -1:].to(device)    # the last row
         caches = [{} for _ in self.layers]                              # keys and values of the frames so far
         past = torch.zeros(batch, 1, self.history.in_features, device=device)
         codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
         for t in range(frames):
             x = self.embed(past, style, first=t)                        # (B, 1, d)
             for layer, cache in zip(self.layers, caches):
-                x = layer(x, audio[:, t:t + 1], bias[:, t:t + 1, :t + 1], cache)
+                x = layer(x, audio[:, t:t + 1], bias[..., -t - 1:], cache)
             z_hat = self.query(x).view(batch, slots, -1)                # (B, H, c)
             codes[:, t] = quantiser.nearest(z_hat).view(batch, slots)
             if self.config.history == "codes":
                 past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]                  # (B, 1, H*c)
             else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
-                past = self.autoencoder.decode(codes[:, max(0, t + 1 - LONGEST_PREFIX):t + 1], last=True)
+                prefix = quantiser.codebook[codes[:, max(0, t + 1 - memory):t + 1]]
+                past = self.autoencoder.decoder(prefix, last=True)
         return self.autoencoder.decode(codes, lengths), codes
 
 
@@ -939,7 +985,7 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
             weights["style"] = weights["style"] + weights["history.bias"]
             weights["history.bias"] = torch.zeros(width)
         config = ARConfig(styles, period, width, count(weights, r"layers\.(\d+)"), heads[1], motion_weight=1.0,
-                          history="motion", audio_steps=2 if has_linear else 1,
+                          history="motion", memory=600, audio_steps=2 if has_linear else 1,
                           wav2vec2=sizes_of_wav2vec2(audio, heads[2]))
         model = CodeTalker(config, autoencoder)
         model.load_state_dict(weights | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}
