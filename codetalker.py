@@ -759,12 +759,12 @@ class CodeTalker(nn.Module):
                        "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
 
     @torch.no_grad()
-    def generate(self, sound, style, lengths=None):
+    def generate(self, sound, style, lengths=None, tell=lambda done, frames: None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
         sequence changes nothing before its end. A frame costs the same however long the sequence: it looks at the last
         `memory` frames, of which keys and values are kept.
 
-        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H).
+        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). tell: hears how many frames are done.
         """
         assert not self.training, "generation is for evaluation: call model.eval() first"
         quantiser, slots = self.autoencoder.quantiser, self.autoencoder.config.slots
@@ -786,6 +786,7 @@ class CodeTalker(nn.Module):
             else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
                 prefix = quantiser.codebook[codes[:, max(0, t + 1 - memory):t + 1]]
                 past = self.autoencoder.decoder(prefix, last=True)
+            tell(t + 1, frames)
         return self.autoencoder.decode(codes, lengths), codes
 
 

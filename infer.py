@@ -102,7 +102,12 @@ def main(args):
     # 2. speak
     start = time.time()
     sound = batch_of_sounds([prepare(torch.from_numpy(audio), data.fps, frames, model.config)], model.config, device)
-    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device))
+
+    def tell(done, frames):                     # where it takes longer than a few seconds
+        if time.time() - start > 3:
+            progress("frames", done, frames, start)
+
+    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device), tell)
     made, codes = data.vertices(motion[0].cpu(), subject), codes[0].cpu().numpy()
     print(f"{frames / data.fps:.1f} s of speech in {time.time() - start:.1f} s on {device}, "
           f"{subject}'s face, style {said}")
