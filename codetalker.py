@@ -216,10 +216,10 @@ class Attention(nn.Module):
             return self.out(self.value(source)).expand_as(x)
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         if cache is not None:
-            if "key" in cache:
-                key, value = (torch.cat([cache[name], new], -2)[..., -bias.shape[-1]:, :]
-                              for name, new in (("key", key), ("value", value)))
-            cache["key"], cache["value"] = key, value
+            seen = torch.stack([key, value])                            # (2, B, heads, 1, d/heads)
+            if cache:
+                seen = torch.cat([cache["seen"], seen], -2)[..., -bias.shape[-1]:, :]
+            key, value = cache["seen"] = seen
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])     # (B, heads, T, S)  [scale]
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
@@ -785,7 +785,7 @@ class CodeTalker(nn.Module):
         batch, frames, device = len(audio), audio.shape[1], audio.device
         memory = min(frames, self.config.memory)
         bias = causal_bias(memory, self.config.period, self.config.heads, memory)[:, -1:].to(device)    # the last row
-        caches, felt = [{} for _ in self.layers], {}                    # keys and values of the frames so far
+        caches, felt = [{} for _ in self.layers], {}    # of the frames so far: keys and values; what the decoder felt
         past = torch.zeros(batch, 1, self.history.in_features, device=device)
         codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
         for t in range(frames):

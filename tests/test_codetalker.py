@@ -78,7 +78,7 @@ def test_attention_frame_by_frame_with_a_cache_is_attention_at_once_and_the_cach
     row, steps, kept = ct.causal_bias(5, 2, 4, 5)[:, -1:], [], []
     for t in range(12):
         steps.append(attention(x[:, t:t + 1], bias=row[..., -t - 1:], cache=cache))
-        kept.append(cache["key"].shape[-2])
+        kept.append(cache["seen"].shape[-2])
     close(torch.cat(steps, 1), attention(x, bias=ct.causal_bias(12, 2, 4, 5)))
     assert kept == [1, 2, 3, 4] + [5] * 8
 
