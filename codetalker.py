@@ -17,10 +17,15 @@ The alphabet of shapes
     c code width    N codes in the codebook    S audio steps    K speaking styles
 
 Where this differs from the paper, and why; each note stands again at its line. The presets "vocaset" and "biwi" build
-the published models: with them [history], [own], [start], [norm], [loss] and [audio] are as in the paper.
+the published models: with them [history], [memory], [own], [start], [norm], [loss] and [audio] are as in the paper.
     [history]   the transformer is fed the *codes* of the past frames, the paper feeds decoded vertices. Decoding a
                 prefix does not give the frames that decoding the whole gives, so the paper's history makes training
                 and generation two different functions; with codes they are one, and no decoder runs in the loop.
+    [memory]    a frame looks back on 90 frames: three periods, more than a training sequence has. So a second costs
+                the same after ten minutes. A longer memory did not help the lips, and stilled the upper face. The
+                released code looks back on everything and ends at 600 frames; the presets go on with the last 600.
+    [pieces]    what is longer than 600 frames is heard (by wav2vec 2.0), encoded and decoded in pieces that fade into
+                each other. InstanceNorm, where there is one, normalises each piece alone.
     [own]       in training most of the history is the model's own answers instead of the truth. Fed with the truth
                 alone it learns to copy the last frame, hardly listens, and drifts as soon as it runs free.
     [start]     stage 1 starts from data: its first and last layer from the principal components of real motion, the
@@ -134,14 +139,14 @@ def masked_mean(x, lengths):
     return (x * mask).sum() / (mask.sum() * x.shape[-1])
 
 
-PIECE, OVERLAP = 600, 60            # frames: 20 s, where the released code ends, so what it can do is not cut; and 2 s
+PIECE, OVERLAP = 600, 60            # frames; what the released code can do, 600 of them, is never cut
 
 
 def in_pieces(make, frames, lengths=None):
-    """make(start, stop, lengths) -> (B, stop - start, channels), for all frames, so that attention's memory is bounded.
+    """[pieces] make(start, stop, lengths) -> (B, stop - start, channels), for all frames, in bounded memory.
 
     Up to PIECE frames are made at once; of more, pieces, each faded into the next over OVERLAP frames. In a batch, a
-    sequence takes from no piece that it would not need alone. `lengths` (B,) are passed on as those within the piece.
+    sequence takes from no piece that it would not need alone. lengths (B,) or None; make is given those within it.
     """
     if frames <= PIECE:
         return make(0, frames, lengths)
@@ -154,9 +159,8 @@ def in_pieces(make, frames, lengths=None):
             rise = torch.linspace(0, 1, OVERLAP + 2, device=piece.device)[1:-1, None]       # (OVERLAP, 1)
             if lengths is not None:
                 rise = rise * (lengths > start + OVERLAP)[:, None, None]                    # (B, OVERLAP, 1)
-            fading = slice(start, start + OVERLAP)
-            whole[:, fading] = torch.lerp(whole[:, fading], piece[:, :OVERLAP], rise.to(piece.dtype))
-            start, piece = start + OVERLAP, piece[:, OVERLAP:]
+            before = whole[:, start:start + OVERLAP].clone()
+            piece = torch.cat([before + rise * (piece[:, :OVERLAP] - before), piece[:, OVERLAP:]], 1)
         whole[:, start:stop] = piece
     return whole
 
@@ -208,14 +212,14 @@ class Attention(nn.Module):
 
     def forward(self, x, source=None, bias=None, cache=None):
         source = x if source is None else source
-        if source.shape[-2] == 1 and cache is None:                     # of one alone the softmax is 1, whatever is asked
+        if source.shape[-2] == 1 and cache is None:     # the softmax over one is 1, whatever is asked
             return self.out(self.value(source)).expand_as(x)
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         if cache is not None:
-            if "key" in cache:
-                key, value = (torch.cat([cache[name], new], -2)[..., -bias.shape[-1]:, :]
-                              for name, new in (("key", key), ("value", value)))
-            cache["key"], cache["value"] = key, value
+            seen = torch.stack([key, value])                            # (2, B, heads, 1, d/heads)
+            if cache:
+                seen = torch.cat([cache["seen"], seen], -2)[..., -bias.shape[-1]:, :]
+            key, value = cache["seen"] = seen
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])     # (B, heads, T, S)  [scale]
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
@@ -260,16 +264,24 @@ class Temporal(nn.Module):
         # [position] no positions are added: frames are ordered by the convolution alone.
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.layers))
 
-    def forward(self, x, lengths=None, last=False):
-        """last: only the last frame is wanted, (B, 1, d); what leads to it needs all frames all the same."""
-        x = F.leaky_relu(self.conv(x, lengths), 0.2)
+    def forward(self, x, lengths=None, cache=None):
+        """cache: a dict, for a sequence that grows frame by frame; only its last frame comes out, (B, 1, d). All that
+        leads to it needs all frames all the same, but of the convolution's only the last three are new."""
+        if cache:
+            new = self.conv(x[:, -5:])[:, -3:]
+            felt = torch.cat([cache["felt"][:, :-2], new], 1)[:, -x.shape[1]:]
+        else:
+            felt = self.conv(x, lengths)
+        if cache is not None:
+            cache["felt"] = felt
+        x = F.leaky_relu(felt, 0.2)
         if self.instance_norm:                                          # [norm]
             x = instance_norm(x, lengths)
         x = self.linear(x)
         bias = padding_bias(lengths, x.shape[1])
         for block in self.blocks[:-1]:
             x = block(x, bias)
-        return self.blocks[-1](x, bias, slice(-1, None) if last else slice(None))
+        return self.blocks[-1](x, bias, slice(None) if cache is None else slice(-1, None))
 
 
 def instance_norm(x, lengths=None):
@@ -313,8 +325,8 @@ class MotionDecoder(nn.Module):
         self.temporal = Temporal(config)
         self.leave = nn.Linear(config.width, config.vertices * 3, bias=not config.code_linear)
 
-    def forward(self, z_q, lengths=None, last=False):
-        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths, last)      # (B, T, H*c) -> (B, T or 1, d)
+    def forward(self, z_q, lengths=None, cache=None):
+        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths, cache)     # (B, T, H*c) -> (B, T or 1, d)
         return self.leave(x)                                            # (B, T or 1, V*3)
 
 
@@ -352,7 +364,8 @@ class Quantiser(nn.Module):
             codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
             commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
             if self.training:
-                self.uses += torch.bincount(indices.flatten(), minlength=len(self.uses))
+                chosen = indices.flatten()                              # bincount would make a GPU wait
+                self.uses.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=self.uses.dtype))
             # Straight-through: forward it is z_q, backward the gradient of z_q goes to z_e unchanged.
             z_q = z_e + (z_q - z_e).detach()
         return z_q, indices, codebook_loss + self.beta * commitment_loss
@@ -420,8 +433,8 @@ class MotionAutoencoder(nn.Module):
     def encode(self, motion, lengths=None):
         """Motion (B, T, V*3) -> codes (B, T, H) int64."""
         z_e = in_pieces(lambda start, stop, within: self.encoder(motion[:, start:stop], within).flatten(2),
-                        motion.shape[1], lengths).unflatten(2, (self.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
-        return self.quantiser.nearest(z_e).view(z_e.shape[:-1])
+                        motion.shape[1], lengths)                       # (B, T, H*c)
+        return self.quantiser.nearest(z_e.unflatten(2, (self.config.slots, -1))).view(*z_e.shape[:2], -1)
 
     def decode(self, indices, lengths=None):
         """Codes (B, T, H) -> motion (B, T, V*3)."""
@@ -627,8 +640,8 @@ def periodic_positions(period, width):
 
 
 def causal_bias(frames, period, heads, memory):
-    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i and
-    for what is `memory` frames back or more.
+    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), and -inf where j
+    is after i or `memory` frames before it or more [memory].
 
     The last period is seen as it is, each one before it a little fainter; the slopes 4^-(h+1) for h = 0, 1, ...
     give every head its own memory (FaceFormer, Fan et al. 2022, after Press et al. 2022).
@@ -761,8 +774,8 @@ class CodeTalker(nn.Module):
     @torch.no_grad()
     def generate(self, sound, style, lengths=None, tell=lambda done, frames: None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
-        sequence changes nothing before its end. A frame costs the same however long the sequence: it looks at the last
-        `memory` frames, of which keys and values are kept.
+        sequence changes nothing before its end. Of the last `memory` frames keys and values are kept, so that a frame
+        costs the same however long the sequence is.
 
         sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). tell: hears how many frames are done.
         """
@@ -772,7 +785,7 @@ class CodeTalker(nn.Module):
         batch, frames, device = len(audio), audio.shape[1], audio.device
         memory = min(frames, self.config.memory)
         bias = causal_bias(memory, self.config.period, self.config.heads, memory)[:, -1:].to(device)    # the last row
-        caches = [{} for _ in self.layers]                              # keys and values of the frames so far
+        caches, felt = [{} for _ in self.layers], {}    # of the frames so far: keys and values; what the decoder felt
         past = torch.zeros(batch, 1, self.history.in_features, device=device)
         codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
         for t in range(frames):
@@ -785,7 +798,7 @@ class CodeTalker(nn.Module):
                 past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]                  # (B, 1, H*c)
             else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
                 prefix = quantiser.codebook[codes[:, max(0, t + 1 - memory):t + 1]]
-                past = self.autoencoder.decoder(prefix, last=True)
+                past = self.autoencoder.decoder(prefix, cache=felt)
             tell(t + 1, frames)
         return self.autoencoder.decode(codes, lengths), codes
 

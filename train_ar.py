@@ -88,7 +88,7 @@ def main(args):
 
     # The codes of all real motion; they never change any more.
     with torch.no_grad():
-        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0].cpu()
+        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0]
                  for clip in data.splits["train"]}
 
     out.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,12 @@
 
     python tests/benchmark.py                       about five minutes on two idle CPU cores
     python tests/benchmark.py --only lite           the rows with this in their name
-    python tests/benchmark.py --drift drift.png     two minutes of speech against single sentences; needs runs/ar/best.pt
+    python tests/benchmark.py --drift drift.png     sentences of runs/ar/best.pt singly and joined to two minutes
 
-Each row runs in a process of its own: the median of some repetitions after one to warm up (of the long ones there is
-one and no more), the fastest and the slowest, what the median amounts to, and the peak of the process's memory, on a GPU
-of what was allocated there. Weights and inputs are random, which makes no difference to time. Where there is a GPU every
-row comes twice; that has never run.
+Each row runs in a process of its own: the median of some repetitions after one to warm up (the long ones run once),
+the fastest and the slowest, how many times faster than speech the median is, and the peak of the process's memory, on
+a GPU of what was allocated there. Weights and inputs are random, which makes no difference to time. Where there is a
+GPU every row comes twice; that has never run.
 """
 import argparse
 import math
@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 
 import train_ar
 import train_vq
-from codetalker import PRESETS, SAMPLE_RATE, ARConfig, CodeTalker, MotionAutoencoder, VQConfig, causal_bias, load, prepare
-from data import FPS, batch_of_sounds, generate_clips, lip_vertex_error, make_clip, open_data, read_wav, score
+from codetalker import (PRESETS, SAMPLE_RATE, ARConfig, CodeTalker, MotionAutoencoder, VQConfig, causal_bias, load,
+                        prepare)
+from data import FPS, batch_of_sounds, generate_clips, lip_vertex_errors, make_clip, open_data, read_wav, score
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--only", default="", help="only the rows with this in their name")
@@ -40,7 +41,7 @@ VERTICES, STYLES = {"lite": 1350, "vocaset": 5023}, 8
 def random_model(preset, device):
     vq, ar = PRESETS[preset]
     model = CodeTalker(ARConfig(STYLES, **ar), MotionAutoencoder(VQConfig(VERTICES[preset], **vq)))
-    torch.nn.init.normal_(model.query.weight, std=model.config.width ** -0.5)   # it starts from zero: one code for ever
+    torch.nn.init.normal_(model.query.weight, std=model.config.width ** -0.5)   # from zero it would say one code
     return model.to(device).eval()
 
 
@@ -48,7 +49,7 @@ def speech(seconds):
     return 0.1 * torch.randn(int(seconds * SAMPLE_RATE))
 
 
-# ------------------------------------------------------------------------------------------------------------ the rows
+# ----------------------------------------------------------------------------------------------------------- the rows
 # Each returns what is timed: a function without arguments.
 
 
@@ -86,7 +87,8 @@ def descend(optimiser, forward, device):
 def generate(device, preset, seconds, batch=1):
     """From audio to vertices on the CPU."""
     model, audio, frames = random_model(preset, device), speech(seconds), int(seconds * FPS)
-    style, template = torch.eye(STYLES, device=device)[:1].expand(batch, -1), np.zeros(3 * VERTICES[preset], np.float32)
+    style = torch.eye(STYLES, device=device)[:1].expand(batch, -1)
+    template = np.zeros(3 * VERTICES[preset], np.float32)
 
     def work():
         sound = batch_of_sounds([prepare(audio, FPS, frames, model.config)] * batch, model.config, device)
@@ -97,8 +99,8 @@ def generate(device, preset, seconds, batch=1):
 
 
 def generate_as_released(device, preset, seconds):
-    """The published loop: for each frame all frames before it again, transformer, decoder and vertices, and all of the
-    recording behind a mask. `generate` must give the same."""
+    """The published loop: for each frame all frames before it again, transformer, decoder and vertices, and all of
+    the recording behind a mask. `generate` must give the same."""
     model, audio, frames = random_model(preset, device), speech(seconds), int(seconds * FPS)
     config, stage1, style = model.config, model.autoencoder, torch.eye(STYLES, device=device)[:1]
     past = causal_bias(frames, config.period, config.heads, config.memory).to(device)
@@ -163,8 +165,8 @@ def table(only):
                 seconds, peak, made[name] = pool.submit(measure, name, device).result()
             median = medians[name] = statistics.median(seconds)
             faster = f"{ROWS[name][3] / median:11.1f}" if ROWS[name][3] else 11 * " "
-            print(f"{device:4s} {name:43s} {median:9.3f} {min(seconds):9.3f} {max(seconds):9.3f} {faster} {peak / 1e9:8.2f}",
-                  flush=True)
+            print(f"{device:4s} {name:43s} {median:9.3f} {min(seconds):9.3f} {max(seconds):9.3f} {faster} "
+                  f"{peak / 1e9:8.2f}", flush=True)
         for length in ("60", "600"):
             if {LITE + "8", LITE + length} <= medians.keys():
                 ratio = medians[LITE + length] / int(length) / (medians[LITE + "8"] / 8)
@@ -175,40 +177,43 @@ def table(only):
                   f"largest difference {np.abs(made[ours] - made[theirs]).max():.1e}")
 
 
-# ----------------------------------------------------------------------------------------------------------- the drift
+# ---------------------------------------------------------------------------------------------------------- the drift
 
 
 def drift(path, seconds=120):
-    """The sentences of each test speaker, over and over until there are `seconds` of them: made as one recording and
-    made singly, the same figures of the same sentences; lip error of each sentence against time."""
+    """The sentences of each test speaker, over and over until there are `seconds` of them: made singly, made as one
+    recording, and as one whose sentences are heard as when single, each less its own microphone. The same figures of
+    the same sentences; lip error of each against time."""
     model, state = load("runs/ar/best.pt", "ar")
     data = open_data(None)
     data.check(state)
-    clips, starts, joined, codes = [], [], [], []
+    style, clips, starts, ways = data.subjects[0], [], [], {"one recording": ([], []), "each heard alone": ([], [])}
     for speaker in sorted({clip.subject for clip in data.splits["test"]}):
         own = 100 * [clip for clip in data.splits["test"] if clip.subject == speaker]
         ends = np.cumsum([clip.frames for clip in own])
         own = own[:int(np.searchsorted(ends, seconds * data.fps)) + 1]
-        audio = np.concatenate([read_wav(data.wav(clip))[:round(clip.frames * SAMPLE_RATE / data.fps)] for clip in own])
-        mel = prepare(torch.from_numpy(audio), data.fps, int(ends[len(own) - 1]), model.config)
-        motion, chosen = model.generate(mel[None], data.style(data.subjects[0])[None])
         frames = [clip.frames for clip in own]
-        clips, joined, codes = clips + own, joined + [*motion[0].split(frames)], codes + [*chosen[0].split(frames)]
+        audio = [read_wav(data.wav(clip))[:round(clip.frames * SAMPLE_RATE / data.fps)] for clip in own]
+        sounds = (prepare(torch.from_numpy(np.concatenate(audio)), data.fps, sum(frames), model.config),
+                  torch.cat([data.sound(clip, model.config) for clip in own]))
+        for sound, (made, codes) in zip(sounds, ways.values()):
+            motion, chosen = model.generate(sound[None], data.style(style)[None])
+            made += motion[0].split(frames)
+            codes += chosen[0].split(frames)
+        clips += own
         starts += [*np.cumsum([0] + frames[:-1]) / data.fps]
-    single = generate_clips(model, data, clips, [data.subjects[0]] * len(clips))
-    figures = [score(data, clips, made, chosen, model.autoencoder.config.codes) for made, chosen in (single, (joined, codes))]
-    print(f"{'':20s} {'singly':>8s} {'joined':>8s} {'ratio':>8s}")
-    for name in ("gap_correlation", "lve", "energy", "upper_energy"):
-        one, other = (figure[name] for figure in figures)
-        print(f"{name:20s} {one:8.4f} {other:8.4f} {other / one:8.3f}")
-
+    ways = {"singly": generate_clips(model, data, clips, [style] * len(clips))} | ways
     axes = (figure := Figure(figsize=(8, 4), layout="constrained")).subplots()
-    for label, marker, motions in (("singly", "o", single[0]), (f"in {seconds} s without a break", "x", joined)):
-        errors = [1e6 * lip_vertex_error(data.vertices(motion, clip.subject),
-                                         data.frames_of(clip.name).reshape(clip.frames, -1, 3), data.lips)
-                  for clip, motion in zip(clips, motions)]
-        slope, level = np.polyfit(starts, errors, 1)
-        axes.plot(starts, errors, marker, label=f"{label}: {level:.2f} mm2 {slope * 60:+.2f} a minute", fillstyle="none")
+    names = ("gap_correlation", "lve", "energy", "upper_energy")
+    print(f"{'':20s}" + "".join(f"{name:>17s}" for name in names) + "   lve per minute")
+    for (way, (made, codes)), marker in zip(ways.items(), "o+x"):
+        figures = score(data, clips, made, codes, model.autoencoder.config.codes)
+        errors = [1e6 * lip_vertex_errors(data.vertices(motion, clip.subject),
+                                         data.frames_of(clip.name).reshape(clip.frames, -1, 3), data.lips).mean()
+                  for clip, motion in zip(clips, made)]
+        slope = 60 * np.polyfit(starts, errors, 1)[0]
+        print(f"{way:20s}" + "".join(f"{figures[name]:17.4f}" for name in names) + f"{slope:+17.2f}")
+        axes.plot(starts, errors, marker, label=way, fillstyle="none")
     axes.set(xlabel="start of the sentence, s", ylabel="squared lip vertex error, mm2", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)

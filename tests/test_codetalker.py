@@ -78,7 +78,7 @@ def test_attention_frame_by_frame_with_a_cache_is_attention_at_once_and_the_cach
     row, steps, kept = ct.causal_bias(5, 2, 4, 5)[:, -1:], [], []
     for t in range(12):
         steps.append(attention(x[:, t:t + 1], bias=row[..., -t - 1:], cache=cache))
-        kept.append(cache["key"].shape[-2])
+        kept.append(cache["seen"].shape[-2])
     close(torch.cat(steps, 1), attention(x, bias=ct.causal_bias(12, 2, 4, 5)))
     assert kept == [1, 2, 3, 4] + [5] * 8
 
@@ -157,17 +157,18 @@ def test_start_from_leaves_codes_that_the_encoder_says():
     assert torch.cdist(model.quantiser.codebook, said).min(1).values.max() < 0.2 * said.std()
 
 
-@pytest.mark.parametrize("piece", [600, 5])
+@pytest.mark.parametrize("piece, lengths", [(600, [9, 4, 1]), (5, [9, 7, 4])])
 @pytest.mark.parametrize("instance_norm", [False, True])
-def test_a_batch_with_lengths_equals_single_sequences(instance_norm, piece, monkeypatch):
+def test_a_batch_with_lengths_equals_single_sequences(instance_norm, piece, lengths, monkeypatch):
     monkeypatch.setattr(ct, "PIECE", piece)
     monkeypatch.setattr(ct, "OVERLAP", 2)
     model = stage2(instance_norm=instance_norm)
     mel, style, motion = speech()
-    codes = model.autoencoder.encode(motion, LENGTHS)
-    decoded = model.autoencoder.decode(codes, LENGTHS)
-    made, chosen = model.generate(mel, style, LENGTHS)
-    for row, length in enumerate(LENGTHS):
+    lengths = torch.tensor(lengths)
+    codes = model.autoencoder.encode(motion, lengths)
+    decoded = model.autoencoder.decode(codes, lengths)
+    made, chosen = model.generate(mel, style, lengths)
+    for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         alone = model.autoencoder.encode(motion[one, :length])
         assert torch.equal(alone[0], codes[row, :length])
@@ -178,7 +179,7 @@ def test_a_batch_with_lengths_equals_single_sequences(instance_norm, piece, monk
 
 
 def test_pieces_fade_into_each_other_by_hand(monkeypatch):
-    """Ten frames in pieces of six over two: 0-5 and 4-9. In frame 4 the second counts a third, in frame 5 two thirds."""
+    """Ten frames in pieces of six over two: 0-5 and 4-9. Of frame 4 a third is the second's, of frame 5 two thirds."""
     monkeypatch.setattr(ct, "PIECE", 6)
     monkeypatch.setattr(ct, "OVERLAP", 2)
     asked = []
@@ -194,9 +195,9 @@ def test_pieces_fade_into_each_other_by_hand(monkeypatch):
 
 
 @torch.no_grad()
-def test_seams_of_a_long_decode_cannot_be_seen(monkeypatch):
-    """A slow movement with a drift, which InstanceNorm shifts differently in each piece: the worst case there is. Near
-    the seams its acceleration is no larger than elsewhere; pieces put end to end would jump."""
+def test_seams_of_a_long_decode_cannot_be_seen():
+    """A slow movement with a drift, which InstanceNorm shifts differently in each piece: the worst case there is.
+    Near the seams its acceleration is no larger than elsewhere; pieces put end to end would jump."""
     model, time = stage1(instance_norm=True), torch.arange(1600)[:, None]
     model.quantiser.codebook.data = torch.linspace(-1, 1, 4000)[:, None] * torch.randn(4)      # fine steps on a line
     codes = (2000 + 1300 * torch.sin(time / 40 + torch.arange(4)) + time / 4).round().long()[None]
@@ -314,7 +315,7 @@ def test_generate_equals_asking_the_whole_prefix_again_and_asking_all_at_once():
 
 
 def test_what_is_beyond_the_memory_is_forgotten():
-    """Two layers reach back twice: frame 20 hears of codes from frame 20 - 2 * 9 - 1 = 1 on, of frame 0 nothing."""
+    """Two layers reach back twice: frame 20 to frame 20 - 2 * 9 = 2, which is fed what frame 1 was; frame 21 not."""
     model, (mel, style, _) = stage2(), speech(frames=30)
     audio, fed = model.audio_encoder(mel).unsqueeze(2), torch.randn(3, 30, model.history.in_features)
     other = fed.clone()
@@ -545,6 +546,18 @@ def test_waveforms_of_a_batch_are_heard_alone():
     audio = model.listen(waves, frames)
     assert audio.shape == (2, 13, 2, 16)
     close(audio[1:, :7], model.listen(waves[1:], frames[1:]))
+
+
+def test_a_long_waveform_is_heard_in_pieces_and_learnt_from(monkeypatch):
+    """13 frames in pieces of 8 over 4: 0-7, 4-11, 8-12; what only the first holds is as if it had been heard alone."""
+    monkeypatch.setattr(ct, "PIECE", 8)
+    monkeypatch.setattr(ct, "OVERLAP", 4)
+    model, wave = paper(), torch.randn(13 * 640)
+    heard = model.listen([wave], [13])
+    close(heard[:, :4], model.listen([wave[:8 * 640]], [8])[:, :4])
+    close(heard[:, 12:], model.listen([wave[8 * 640:]], [5])[:, 4:])
+    heard.square().sum().backward()
+    assert model.audio_encoder.project.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("samples", [1, 399, 400, 719, 720, 35200])
