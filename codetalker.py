@@ -53,8 +53,9 @@ import json
 import math
 import os
 import re
+import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -489,7 +490,11 @@ def log_mel(audio, fps, frames, bands):
     loud = (loudness >= 1e-3 * loudness.max()).float()
     speech = F.max_pool1d(loud[None, None], 2 * near + 1, stride=1, padding=near)[0, 0] > 0     # (steps,)
     mel = energy.clamp(min=max(1e-8 * float(energy.max()), 1e-10)).log10()  # digital silence is -80 dB, not -inf
-    return mel - mel[speech].mean(0)
+    # A second or more of one loudness is no speech but hum, hiss or nothing at all: what lies 40 dB under speech. The
+    # deviation over time of the mean band is 0 to 0.09 for noise of any colour, above 0.3 for speech, 0.15 with as
+    # much noise as speech (measured).
+    nobody_speaks = frames >= fps and mel.mean(1).std() < 0.12
+    return mel - mel[speech].mean(0) - 4.0 * float(nobody_speaks)
 
 
 def other_voice(mel):
@@ -808,9 +813,10 @@ class CodeTalker(nn.Module):
 
 @contextmanager
 def whole(path):
-    """Give a hidden sibling to write to: it becomes `path` when the block ends well, otherwise it goes."""
+    """Give a hidden sibling to write to: it becomes `path` when the block ends well, otherwise it goes. What a killed
+    process has left there is written over."""
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}-{path.name}")    # keeps the ending: writers read the format off it
+    part = path.with_name(f".part-{path.name}")             # keeps the ending: writers read the format off it
     try:
         yield part
         os.replace(part, path)
@@ -825,7 +831,54 @@ def save(path, model, **rest):
     if state["stage"] == "ar":
         state["ar_config"] = asdict(model.config)
     with whole(path) as part:
-        torch.save(state, part)
+        try:
+            torch.save(state, part)
+        except RuntimeError as error:                       # so PyTorch calls a full disk
+            raise OSError(f"{path}: it cannot be written: is the disk full? ({why(error)})") from None
+
+
+# A file may come from a stranger. Nothing in it is executed (weights_only), and a short one that claims to be large
+# takes no memory: what it holds is measured first, and a model is built without memory ("meta") and then given the
+# tensors that are there.
+
+
+def why(error):
+    """An exception in a few words, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}".removesuffix(": ")
+
+
+def check_size(path, sizes):
+    """Raise ValueError if parts of these sizes (bytes) are more than the file: repeated, compressed or missing."""
+    claimed, there = sum(sizes), os.path.getsize(path)
+    if claimed > there:
+        raise ValueError(f"it claims {claimed} bytes, the file has {there}")
+
+
+def read_torch(path, device="cpu"):
+    """What torch.save wrote; whatever is raised for another file."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":                           # a zip; PyTorch does not compress its entries
+            check_size(path, [entry.file_size for entry in zipfile.ZipFile(file).infolist()])
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_config(config, weights):
+    """Raise ValueError for a field of a wrong type, a size below 1, or more layers than there are weights."""
+    types = {field.name: field.type for field in fields(config)}
+    for name, value in [*asdict(config).items(), *(getattr(config, "wav2vec2", None) or {}).items()]:
+        most = len(weights) if name.endswith("layers") else 2 ** 31
+        if not isinstance(value, types.get(name, int)) or type(value) is int and not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}")
+
+
+def build(make, weights):
+    """The model that make() gives, with these weights, in eval mode; raises an exception if they do not fit."""
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict({name: tensor.float().contiguous() for name, tensor in weights.items()}, assign=True)
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise ValueError("NaN or infinity among the weights")
+    return model.eval()
 
 
 def load(path, stage, device="cpu"):
@@ -837,18 +890,23 @@ def load(path, stage, device="cpu"):
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such checkpoint; run `{command}` first, or name another")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        found = state["stage"]
-        model = MotionAutoencoder(VQConfig(**state["vq_config"]))
+        state = read_torch(path, device)
+        found, weights, _ = state["stage"], state["weights"], state.setdefault("flags", {}).get("preset")
+        check_size(path, [tensor.nbytes for tensor in weights.values()])
+        config = VQConfig(**state["vq_config"])
+        check_config(config, weights)
         if found == "ar":
-            model = CodeTalker(ARConfig(**state["ar_config"]), model)
-        model.load_state_dict(state["weights"])
+            stage2 = ARConfig(**state["ar_config"])
+            check_config(stage2, weights)
+            model = build(lambda: CodeTalker(stage2, MotionAutoencoder(config)), weights)
+        else:
+            model = build(lambda: MotionAutoencoder(config), weights)
     except Exception as error:
-        raise ValueError(f"{path}: not a whole checkpoint of this project ({type(error).__name__}); "
+        raise ValueError(f"{path}: not a whole checkpoint of this project ({why(error)}); "
                          f"`{command}` writes one") from None
     if found != stage:
         raise ValueError(f"{path}: a checkpoint of train_{stage}.py expected, found one of train_{found}.py")
-    return model.to(device).eval(), state
+    return model, state
 
 
 # ------------------------------------------------------------------------------------------- the weights of others
@@ -863,21 +921,23 @@ def read_weights(path):
         if Path(path).suffix == ".safetensors":     # 8 bytes: length of the header; the header, JSON; the numbers
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                assert length < os.path.getsize(path)
+                check_size(path, [length])
                 header = json.loads(file.read(length))
-                numbers = file.read()
+                numbers = memoryview(file.read())
+            header.pop("__metadata__", None)
+            parts = {name: numbers[slice(*entry["data_offsets"])] for name, entry in header.items()}
+            check_size(path, map(len, parts.values()))
             kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-            return {name: torch.frombuffer(bytearray(numbers[slice(*entry["data_offsets"])]),
-                                           dtype=kinds[entry["dtype"]]).view(entry["shape"]).float()
-                    for name, entry in header.items() if name != "__metadata__"}
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return {name: torch.frombuffer(bytearray(part), dtype=kinds[header[name]["dtype"]])
+                    .view(header[name]["shape"]).float() for name, part in parts.items()}
+        state = read_torch(path)
         state = state.get("state_dict", state)
+        check_size(path, [tensor.nbytes for tensor in state.values()])
         return {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of weights; name the one you downloaded") from None
     except Exception as error:
-        raise ValueError(f"{path}: a file of weights expected, PyTorch's or .safetensors "
-                         f"({type(error).__name__})") from None
+        raise ValueError(f"{path}: a file of weights expected, PyTorch's or .safetensors ({why(error)})") from None
 
 
 # Their names -> ours: regular expressions, replaced one after another.
@@ -930,8 +990,8 @@ def rename(weights, table):
 
 
 def count(weights, pattern):
-    """How many layers: one more than the largest number that stands for the group in a name's pattern."""
-    return 1 + max(int(found[1]) for found in (re.match(pattern, name) for name in weights) if found)
+    """How many layers: as many as different numbers stand for the group in a name's pattern."""
+    return len({found[1] for found in (re.match(pattern, name) for name in weights) if found})
 
 
 def sizes_of_wav2vec2(weights, heads=None):
@@ -951,12 +1011,10 @@ def import_wav2vec2(path):
     try:
         weights = rename({name: theirs[name] for name in theirs if not name.startswith("lm_head.")}, WAV2VEC2_NAMES)
         sizes = sizes_of_wav2vec2(weights)
-        model = Wav2Vec2(**sizes)
-        model.load_state_dict(weights)
-        return sizes, model
+        return sizes, build(lambda: Wav2Vec2(**sizes), weights)
     except Exception as error:
         raise ValueError(f"{path}: the weights of wav2vec2-base expected "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+                         f"({why(error)})") from None
 
 
 def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
@@ -984,8 +1042,8 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
         for name in weights:
             if name.endswith("query.weight"):
                 weights[name] = weights[name] * heads[0] ** -0.5        # [scale] sqrt(d / heads) / sqrt(d)
-        autoencoder = MotionAutoencoder(stage1_config)
-        autoencoder.load_state_dict(weights | {"quantiser.uses": torch.zeros(codes)})
+        weights["quantiser.uses"] = torch.zeros(codes)
+        autoencoder = build(lambda: MotionAutoencoder(stage1_config), weights)
 
         path, stage = stage2, 2
         theirs = read_weights(stage2)
@@ -1001,10 +1059,9 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
         config = ARConfig(styles, period, width, count(weights, r"layers\.(\d+)"), heads[1], motion_weight=1.0,
                           history="motion", memory=600, audio_steps=2 if has_linear else 1,
                           wav2vec2=sizes_of_wav2vec2(audio, heads[2]))
-        model = CodeTalker(config, autoencoder)
-        model.load_state_dict(weights | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}
-                              | {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()})
-        return model.eval()
+        return build(lambda: CodeTalker(config, MotionAutoencoder(stage1_config)), weights
+                     | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}
+                     | {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()})
     except Exception as error:
         raise ValueError(f"{path}: a released checkpoint of stage {stage} expected "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+                         f"({why(error)})") from None

@@ -15,10 +15,13 @@ at its centre. Everything random comes from a seed: same seed, same bytes.
 import argparse
 import json
 import math
+import os
 import pickle
 import re
 import shutil
+import signal as signals
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -40,7 +43,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import Delaunay, cKDTree
 from torch.nn.utils.rnn import pad_sequence
 
-from codetalker import SAMPLE_RATE, prepare, whole
+from codetalker import SAMPLE_RATE, check_size, prepare, whole, why
 
 FPS = 30                            # frames per second of the built-in speakers
 MOTIONS = ("jaw", "close", "protrude", "round", "spread", "raise_upper", "tuck",                        # the lips
@@ -906,10 +909,11 @@ class Clip:
         return self.name.rpartition("_")[2]
 
 
-class ArraysOnly(pickle.Unpickler):
+class ArraysOnly(pickle._Unpickler):
     """A pickle from a stranger is a program. This one may call numpy's array makers and nothing else.
 
     They are taken from here by name: numpy 2 renamed the modules that hold them, and Python 2's pickles name the old.
+    It is the unpickler written in Python: the one in C takes gigabytes if a pickle numbers its parts high enough.
     """
     one = np.ones(1)
     makers = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": one.__reduce__()[0],
@@ -925,22 +929,23 @@ class ArraysOnly(pickle.Unpickler):
 
 def read_pickle(path):
     """A pickle of plain containers and numpy arrays (Python 2's too); raises ValueError for anything else."""
-    def only_numbers(value):                                # an array of objects could still hide anything
-        if isinstance(value, dict):
-            return only_numbers([*value.keys(), *value.values()])
-        if isinstance(value, (list, tuple)):
-            return all(map(only_numbers, value))
-        kind = value.dtype.kind if isinstance(value, (np.ndarray, np.generic)) else None
-        return kind in "biuf" if kind else isinstance(value, (int, float, str, bytes, type(None)))
-
     try:
         with open(path, "rb") as file:
             value = ArraysOnly(file, encoding="latin1").load()
-        if not only_numbers(value):
-            raise ValueError("refused: it holds something else")
+        arrays, stack, seen = {}, [value], 0
+        while stack:
+            part, seen = stack.pop(), seen + 1
+            check_size(path, [seen])                        # a list of itself, or of lists of lists that are the same
+            if isinstance(part, (dict, list, tuple)):
+                stack += [*part.keys(), *part.values()] if isinstance(part, dict) else part
+            elif isinstance(part, (np.ndarray, np.generic)) and part.dtype.kind in "biuf":
+                arrays[id(part)] = part
+            elif not isinstance(part, (int, float, str, bytes, type(None))):
+                raise ValueError("refused: it holds something else")    # an array of objects could hide anything
+        check_size(path, [array.nbytes for array in arrays.values()])
         return value
     except Exception as error:
-        raise ValueError(f"{path}: a pickle of numpy arrays expected; {error}") from None
+        raise ValueError(f"{path}: a pickle of numpy arrays expected ({why(error)})") from None
 
 
 def read_templates(path):
@@ -950,19 +955,19 @@ def read_templates(path):
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found "
                          f"{'nothing in it' if templates == {} else f'a {type(templates).__name__}'}")
     for subject, template in templates.items():
-        try:
-            read[str(subject)] = flat(np.asarray(template, np.float32)[None])[0]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {subject}: an array of numbers (V, 3) expected ({error})") from None
+        if not isinstance(template, np.ndarray) or template.size == 0:
+            raise ValueError(f"{path}: {subject}: an array of numbers (V, 3) expected, found "
+                             f"{getattr(template, 'shape', type(template).__name__)}")
+        read[str(subject)] = flat(template[None])[0]
     return read
 
 
 def read_rows(path):
     """An npy as it lies on the disk, (T, channels) or (T, V, 3), not read yet; ValueError for anything else."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable npy file of numbers ({error})") from None
+        rows = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable npy file of numbers ({why(error)})") from None
     if rows.ndim not in (2, 3) or rows.size == 0 or rows.dtype.kind not in "fiu":
         raise ValueError(f"{path}: numbers (frames, channels) expected, found {rows.dtype} of shape {rows.shape}")
     return rows
@@ -980,13 +985,32 @@ def read_description(folder, known):
                 said[name] = [int(index) for index in path.read_text().replace(",", " ").split()]
         path = folder / "dataset.json"
         told = json.loads(path.read_text()) if path.exists() else {}
-        if not isinstance(told, dict) or not isinstance(told.get("splits") or {}, dict):
+        splits = told.get("splits") or {} if isinstance(told, dict) else None
+        if not isinstance(splits, dict) or any(type(names) is not list or {*map(type, names)} - {str}
+                                               for names in splits.values()):
             raise ValueError('an object {"fps": ..., "splits": {"train": [...], ...}, ...} expected')
         if "fps" in told and not 0 < float(told["fps"]) < 1000:
             raise ValueError(f"fps between 0 and 1000 expected, found {told['fps']}")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     return said | told
+
+
+def read_regions(said, vertices, folder):
+    """lips, upper_face, lip_gap, triangles and colours, an array or None each; ValueError for what fits no mesh."""
+    found = {}
+    for name, shape in {"lips": (-1,), "upper_face": (-1,), "lip_gap": (2,), "triangles": (-1, 3),
+                        "colours": (vertices, 3)}.items():
+        kinds, most = ("if", 1) if name == "colours" else ("i", vertices - 1)
+        try:
+            found[name] = array = np.asarray(said[name]) if said.get(name) else None
+            fits = array is None or array.dtype.kind in kinds and array.shape == array.reshape(shape).shape
+        except ValueError:                                  # rows of different length, or another number of numbers
+            fits = False
+        if not fits or array is not None and not 0 <= array.min() <= array.max() <= most:
+            raise ValueError(f"{folder}: {name} in dataset.json or regions/: a list of shape {shape} expected, its "
+                             f"numbers {'colours' if most == 1 else 'vertices'} 0 to {most}")
+    return found
 
 
 def stride_of(fps, known):
@@ -996,8 +1020,16 @@ def stride_of(fps, known):
 
 def flat(rows):
     """(T, channels) or (T, V, 3) -> (T, V*3) float32: channels to a multiple of three, with zeros."""
-    rows = np.asarray(rows, np.float32).reshape(len(rows), -1)
+    with np.errstate(over="ignore"):                        # `finite` refuses what becomes of it
+        rows = np.asarray(rows, np.float32).reshape(len(rows), -1)
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % 3)))
+
+
+def finite(numbers, what):
+    """The array as it is; ValueError if some of it is not a finite number."""
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{what}: finite numbers expected, found NaN or infinity; export it again")
+    return numbers
 
 
 def read_wav(path):
@@ -1014,17 +1046,16 @@ def read_wav(path):
     except Exception as error:
         raise ValueError(f"{path}: a PCM or float wav expected ({error}); "
                          f"convert it with `ffmpeg -i {Path(path).name} speech.wav`") from None
-    if audio.size == 0 or rate <= 0:
-        raise ValueError(f"{path}: it holds no sound ({audio.size} samples at {rate} Hz)")
+    if audio.size == 0 or not 1000 <= rate <= 384_000:
+        raise ValueError(f"{path}: sound at 1,000 to 384,000 Hz expected, found {audio.size} samples at {rate} Hz")
     if audio.dtype == np.uint8:                                         # 8-bit wavs are unsigned
         audio = (audio.astype(np.float32) - 128) / 128
     elif np.issubdtype(audio.dtype, np.integer):
         audio = audio / float(-np.iinfo(audio.dtype).min)
-    if not np.isfinite(audio).all():
-        raise ValueError(f"{path}: samples that are not finite numbers (NaN or infinity)")
     audio = audio.reshape(len(audio), -1).mean(1)                       # channels -> one
     common = math.gcd(rate, SAMPLE_RATE)
-    return signal.resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return finite(signal.resample_poly(audio, SAMPLE_RATE // common, rate // common).astype(np.float32), path)
 
 
 class DataSet:
@@ -1047,6 +1078,8 @@ class DataSet:
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl expected, "
                              f"found {'no vertices_npy/' if self.folder.is_dir() else 'no such folder'}")
         self.templates = read_templates(self.folder / "templates.pkl")
+        for subject, template in self.templates.items():
+            finite(template, f"{self.folder}/templates.pkl: {subject}")
         clips = [] if faces_only else self.find_clips()
         self.known = known_set([clip.name for clip in clips])
         said = read_description(self.folder, self.known)
@@ -1064,15 +1097,10 @@ class DataSet:
         everything = list(range(self.channels // 3))
         if "triangles" not in said and (self.folder / "mesh.obj").exists():
             said["triangles"] = read_triangles(self.folder / "mesh.obj", len(everything))
-        self.triangles = np.asarray(said["triangles"]) if "triangles" in said else None
-        self.colours = np.asarray(said["colours"]) if "colours" in said else None
-        self.lips, self.upper_face = said.get("lips") or everything, said.get("upper_face") or everything
-        self.lip_gap = said.get("lip_gap")
-        for name in ("lips", "upper_face", "lip_gap", "triangles"):
-            named = np.asarray(said.get(name) or [0])
-            if named.dtype.kind != "i" or named.min() < 0 or named.max() >= len(everything):
-                raise ValueError(f"{self.folder}: {name} in dataset.json or regions/: vertices 0 to "
-                                 f"{len(everything) - 1} expected")
+        told = read_regions(said, len(everything), self.folder)
+        self.triangles, self.colours, self.lip_gap = told["triangles"], told["colours"], told["lip_gap"]
+        self.lips, self.upper_face = (everything if told[name] is None else told[name].tolist()
+                                      for name in ("lips", "upper_face"))
         self.millimetres = 1000.0 if said.get("unit") == "metre" else None
         for name in ("lips", "upper_face"):
             if name not in said:
@@ -1133,12 +1161,14 @@ class DataSet:
         """`scale`: the one number that motion is divided by, its root mean square in training. `most_moving`: the
         channel that stands in for the lip gap where the data have none."""
         energy, count = np.zeros(self.channels), 0
-        for clip in self.splits["train"]:
-            motion = self.frames_of(clip.name)[::5] - self.templates[clip.subject]
-            energy, count = energy + np.square(motion).sum(0, dtype=np.float64), count + len(motion)
+        for split, clips in self.splits.items():
+            for clip in clips:                              # of the others it is only asked whether there are NaN
+                motion = self.frames_of(clip.name)[::5] - self.templates[clip.subject]
+                if split == "train":
+                    energy, count = energy + np.square(motion, dtype=np.float64).sum(0), count + len(motion)
         self.scale = float(np.sqrt(energy.mean() / count))
-        if not 0 < self.scale < np.inf:
-            raise ValueError(f"{self.folder}: motion expected, found a scale of {self.scale} (nothing moves, or NaN)")
+        if not 1e-9 < self.scale < 1e9:
+            raise ValueError(f"{self.folder}: motion expected, found a scale of {self.scale:.3g}")
         self.most_moving = int(energy.argmax())
         self.notes.append(f"scale: motion is divided by {self.scale:.4g}, its root mean square in training")
         if self.lip_gap is None:
@@ -1152,8 +1182,8 @@ class DataSet:
         return read_rows(self.folder / "vertices_npy" / f"{name}.npy")[::self.stride]
 
     def frames_of(self, name, start=None, stop=None):
-        """Frames start..stop of a clip, (T, V*3) float32; read from disk as far as needed."""
-        return flat(self.rows(name)[start:stop])
+        """Frames start..stop of a clip, (T, V*3) float32, finite; read from disk as far as needed."""
+        return finite(flat(self.rows(name)[start:stop]), self.folder / "vertices_npy" / f"{name}.npy")
 
     def motion(self, clip, start=None, stop=None):
         """What the model sees: (vertices - template) / scale, (T, V*3) float32 tensor."""
@@ -1177,12 +1207,23 @@ class DataSet:
 
     def check(self, state):
         """Raise ValueError if a checkpoint was not trained on data like these; take over its scale."""
-        trained, here = state["data"], self.identity()["data"]
-        for name, what in (("channels", "motion channels"), ("fps", "frames per second")):
-            if here[name] and trained[name] != here[name]:
-                raise ValueError(f"the checkpoint was trained for {trained[name]:g} {what}, {self.folder} has "
-                                 f"{here[name]:g}; name the folder it was trained on with --data")
-        self.fps, self.scale, self.subjects = trained["fps"], trained["scale"], trained["subjects"]
+        try:
+            trained, here = state["data"], self.identity()["data"]
+            channels, subjects = int(trained["channels"]), [str(name) for name in trained["subjects"]]
+            fps, scale = float(trained["fps"]), float(trained["scale"])
+            if not 0 < fps < 1000 or not 0 < scale < 1e9:
+                raise ValueError
+            if "vq_config" in state and channels != 3 * state["vq_config"]["vertices"]:
+                raise ValueError
+            if "ar_config" in state and len(subjects) != state["ar_config"]["styles"]:
+                raise ValueError
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            raise ValueError("the checkpoint does not tell what data it was trained on; train it again") from None
+        for name, had, what in (("channels", channels, "motion channels"), ("fps", fps, "frames per second")):
+            if here[name] and had != here[name]:
+                raise ValueError(f"the checkpoint was trained for {had:g} {what}, {self.folder} has {here[name]:g}; "
+                                 "name the folder it was trained on with --data")
+        self.fps, self.scale, self.subjects = fps, scale, subjects
 
     def style(self, subject):
         """A training subject's style, (K,) one-hot."""
@@ -1601,21 +1642,119 @@ def open_data(folder, faces_only=False):
     return data
 
 
+class CommandLine(argparse.ArgumentParser):
+    """Flags. A mistake among them is answered as any other, by `cannot`, without the usage in front."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help tells of all flags")
+
+
 @contextmanager
 def cannot():
-    """A mistake of the user's is answered by one line and exit status 2, not by a traceback."""
+    """A mistake of the user's is answered by one line and exit status 2 (Ctrl-C: 130), not by a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return
+    except KeyboardInterrupt as stop:
+        text, status = str(stop) or "stopped", 130
+    except (ValueError, OSError, RecursionError) as error:
+        text, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:            # PyTorch has a RuntimeError for it
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        text, status = f"error: not enough memory; give less at once, as by --batch or --window ({why(error)})", 2
+    # Whatever stands in a file's name or content: it stays one line and moves no cursor.
+    print("".join(letter if letter.isprintable() else " " for letter in text), file=sys.stderr)
+    sys.exit(status)
 
 
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 expected, found {text}")
-    return int(text)
+def between(low, high, kind=float):
+    """An argparse type: a number from low to high, both included."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"a {'whole ' * (kind is int)}number from {low:g} to {high:g} expected, "
+                                             f"found {text}")
+        return value
+    return read
+
+
+positive = between(1, 10 ** 9, int)
+
+
+def writable(folder, make=False):
+    """Raise ValueError unless files can be written into a folder: before minutes are spent on what goes there."""
+    try:
+        if make:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: a folder to write into expected ({error.strerror}); name another") from None
+
+
+def hear_interrupts():
+    """From now on the first Ctrl-C does no more than fill the list returned: a step is not left half done, so what is
+    saved after it can be resumed exactly. The second stops at once."""
+    heard = []
+
+    def hear(*_):
+        heard.append(True)
+        signals.signal(signals.SIGINT, signals.default_int_handler)
+
+    signals.signal(signals.SIGINT, hear)
+    return heard
+
+
+MAY_DIFFER = "data", "vq", "wav2vec2", "out", "steps", "eval_every", "log_every", "resume"     # when a run is resumed
+
+
+def training_state(optimiser, step, rows, best, args, data):
+    """What a checkpoint holds beside the model: all that it takes to go on exactly."""
+    flags = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": best, "flags": flags,
+             "random": torch.get_rng_state(), **data.identity()}
+    return state | ({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def resume(state, optimiser, args):
+    """Take a run up where its last.pt left it: step, rows, best. ValueError if flags would make it another run."""
+    try:
+        step, rows, best = int(state["step"]), list(state["rows"]), float(state["best"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"].cpu())
+        if torch.cuda.is_available() and "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+    except Exception as error:
+        raise ValueError(f"{args.out}/last.pt: not what a run leaves to be resumed ({why(error)})") from None
+    for name, had in state["flags"].items():
+        if had != getattr(args, name, had):
+            raise ValueError(f"--{name.replace('_', '-')}: the run to be resumed has {had}, found "
+                             f"{getattr(args, name)}; give the same, or train from the start without --resume")
+    return step, rows, best
+
+
+def warn_of_collapse(figures, codes, step, hears=True):
+    """A line for each way in which a run fails without an error, with the likely cause; none before step 200.
+
+    figures: score() of an evaluation; codes: N; hears: whether the motion was made from audio (stage 2).
+    """
+    heard = figures["lve_swapped"] / max(figures["lve"], 1e-12)
+    signs = (
+        (figures["perplexity"] < max(1.5, codes / 32),
+         f"codes die: perplexity {figures['perplexity']:.1f} of {codes}; likely --rate is too high, or dead codes "
+         "are not revived (--revive-every)"),
+        (figures["energy"] < 0.1,
+         f"motion freezes: {figures['energy']:.3f} of the real energy; likely --rate is too high (above 1e-5 for "
+         "wav2vec 2.0), or vertices are on a wrong scale (python data.py check FOLDER)"),
+        (hears and heard < 1.1,
+         f"audio is ignored: another clip's makes the lip error {heard:.2f} times as large; likely --own is too "
+         "small, or wavs and motion do not belong together"))
+    for is_there, text in signs:
+        if is_there and step >= 200:
+            print(f"   warning: {text}", flush=True)
 
 
 def clock(start, done, total):
@@ -1625,10 +1764,16 @@ def clock(start, done, total):
     return f"{1000 * seconds:4.0f} ms  {left // 60}:{left % 60:02d} left"
 
 
+def write_json(path, value):
+    """NaN and infinity, which JSON has not, become null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=1))
+
+
 def write_figures(out, rows, test, args, losses):
     """figures.json (every logged row, the test split's figures, the flags) and loss.png beside the checkpoints."""
-    with whole(out / "figures.json") as part:
-        part.write_text(json.dumps({"flags": vars(args), "test": test, "rows": rows}, indent=1))
+    write_json(out / "figures.json", {"flags": vars(args), "test": test, "rows": rows})
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name in losses:
@@ -1640,11 +1785,12 @@ def write_figures(out, rows, test, args, losses):
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     right.set(ylabel="correlation", ylim=(0, 1))
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(out / "loss.png", dpi=120)
+    with whole(out / "loss.png") as part:
+        figure.savefig(part, dpi=120)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Convert VOCASET, or check any data set.")
+    parser = CommandLine(description="Convert VOCASET, or check any data set.")
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="VOCASET's training data, as downloaded, to a folder for --data")
     convert.add_argument("--vocaset", required=True, metavar="FOLDER",

@@ -34,9 +34,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from codetalker import SAMPLE_RATE, frames_in, import_released, load, prepare, whole
-from data import batch_of_sounds, cannot, evaluate_generation, generate_clips, open_data, progress, read_wav
+from data import (CommandLine, batch_of_sounds, cannot, evaluate_generation, finite, generate_clips, open_data,
+                  progress, read_wav, writable, write_json)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--wav", help="speech, PCM or float (default: the first test clip, beside its truth)")
 parser.add_argument("--style", help="way of speaking: a training subject or a weighted mix, ada:0.3,ben:0.7 "
                                     "(default: the clip's own, or the first trained on)")
@@ -68,8 +69,9 @@ def main(args):
     if not args.test:                           # before minutes are spent on what cannot be written
         if out.suffix not in ENDINGS:
             raise ValueError(f"--out {out}: an ending of {' '.join(ENDINGS)} expected, found {out.suffix!r}")
-        if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-            raise ValueError(f"--out {out}: the folder {out.parent} does not exist or cannot be written to")
+        writable(out.parent)
+        if out.is_dir():
+            raise ValueError(f"--out {out}: a file expected, found a folder")
         if out.suffix == ".mp4" and not shutil.which("ffmpeg"):
             raise ValueError("mp4 needs ffmpeg on the PATH: install it, or use --out talk.html")
     torch.manual_seed(0)                        # compress() is randomised: same input, same page
@@ -108,7 +110,7 @@ def main(args):
             progress("frames", done, frames, start)
 
     motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device), tell)
-    made, codes = data.vertices(motion[0].cpu(), subject), codes[0].cpu().numpy()
+    made, codes = finite(data.vertices(motion[0].cpu(), subject), "what the model made"), codes[0].cpu().numpy()
     print(f"{frames / data.fps:.1f} s of speech in {time.time() - start:.1f} s on {device}, "
           f"{subject}'s face, style {said}")
 
@@ -135,8 +137,9 @@ def main(args):
 def test(model, data, folder, out):
     """Evaluate on each split that is a test: a table, test.json into `folder`, each motion into `out` if not None."""
     start, figures, written = time.time(), {}, 0
+    writable(folder)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
+        writable(out, make=True)
     for split in (name for name in data.splits if name.startswith("test")):
         clips = data.splits[split]
         strangers = sorted({clip.subject for clip in clips} - set(data.subjects))
@@ -154,8 +157,7 @@ def test(model, data, folder, out):
             for clip, motion in zip(clips, generate_clips(model, data, clips, styles)[0]):
                 write_npy(out / f"{clip.name}.npy", data.vertices(motion, clip.subject), data)
                 written += 1
-    with whole(folder / "test.json") as part:
-        part.write_text(json.dumps(figures, indent=1))
+    write_json(folder / "test.json", figures)
     print(f"{folder / 'test.json'}{f' and {written} .npy files in {out}' if out else ''} "
           f"({time.time() - start:.0f} s)")
 
@@ -171,8 +173,8 @@ def read_style(text, data):
             weight = float(weight or 1)
         except ValueError:
             weight = 0.0
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"--style: a weight above 0 expected, as in {name}:0.5, found {part.strip()!r}")
+        if not 0.001 <= weight <= 1000:
+            raise ValueError(f"--style: a weight, 0.001 to 1000, expected, as in {name}:0.5, found {part.strip()!r}")
         style, names = style + weight * data.style(name), names + [name]
     return style / style.sum(), names[0]
 
@@ -301,7 +303,7 @@ def write_video(path, faces, data, audio):
                     draw_face(axis, face[frame], data)
                     low, high = face.min((0, 1)), face.max((0, 1))
                     axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))    # of all frames: no jumping
-                    axis.set_title(name, fontsize=11, color="0.3")
+                    axis.set_title(name, fontsize=11, color="0.3", parse_math=False)
                 writer.grab_frame()
                 progress("frames", done, len(frames), start)
         if not gif:
@@ -631,7 +633,7 @@ if (location.hash === "#selftest") {    // for chromium --headless --dump-dom: t
     const start = faces.length ? 0 : frame();    // a face that stands still must give the same sum
     return faces.reduce((sum, face) => face.pixels.reduce((a, pixel) => (31 * a + pixel) | 0, sum), start);
   });
-  const fine = !errors.length && new Set(sums).size === 3;
+  const fine = !errors.length && (frames < 3 || new Set(sums).size === 3);
   document.title = `${fine ? "PASS" : "FAIL"} ${[...sums, ...errors].join("; ")}`;
 }
 </script>

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from codetalker import PRESETS, ARConfig, CodeTalker, import_wav2vec2, load, other_voice, save
-from data import (batch_of, batch_of_sounds, cannot, clock, evaluate_generation, open_data, positive, random_crops,
-                  write_figures)
+from data import (CommandLine, batch_of, batch_of_sounds, between, cannot, clock, evaluate_generation,
+                  hear_interrupts, open_data, positive, random_crops, resume, training_state, warn_of_collapse,
+                  writable, write_figures)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--preset", choices=PRESETS, default="lite",
                     help="sizes and schedule: one for laptops, the two published (default: %(default)s)")
@@ -29,16 +30,16 @@ parser.add_argument("--wav2vec2", help="weights of facebook/wav2vec2-base-960h, 
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (default: %(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (default: %(default)s)")
 parser.add_argument("--steps", type=positive, default=1350, help="training steps (default: %(default)s)")
-parser.add_argument("--batch", type=positive, default=8, help="sequences in a batch (default: %(default)s)")
+parser.add_argument("--batch", type=between(1, 4096, int), default=8, help="sequences at once (default: %(default)s)")
 parser.add_argument("--window", type=positive, default=80, help="frames in a training sequence (default: %(default)s)")
-parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
+parser.add_argument("--rate", type=between(1e-9, 1), default=2e-3, help="learning rate, first (default: %(default)s)")
 parser.add_argument("--halve-every", type=positive, default=270,
                     help="steps after which the rate halves (default: %(default)s)")
-parser.add_argument("--own", type=float, default=0.85,
+parser.add_argument("--own", type=between(0, 1), default=0.85,
                     help="share of the history that is the model's own answers, 0 to 1 (default: %(default)s)")
 parser.add_argument("--eval-every", type=positive, default=450, help="steps between evaluations (default: %(default)s)")
 parser.add_argument("--log-every", type=positive, default=50, help="steps between log lines (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+parser.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of all randomness (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
 
 # The paper's schedule where a preset asks for it: 100 epochs of 320 (VOCASET) or 192 (BIWI) sentences, one whole
@@ -52,13 +53,17 @@ def main(args):
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(device == "cpu")     # gathers are summed in order: same seed, same figures
     data, out = open_data(args.data), Path(args.out)
-    autoencoder, stage1 = load(args.vq, "vq", device)
-    data.check(stage1)
 
     if args.resume:
         model, state = load(out / "last.pt", "ar", device)
+        autoencoder = model.autoencoder                     # whatever --vq has become since
         data.check(state)
     else:
+        autoencoder, stage1 = load(args.vq, "vq", device)
+        data.check(stage1)
+        if stage1["flags"].get("preset", args.preset) != args.preset:
+            raise ValueError(f"{args.vq}: trained with --preset {stage1['flags']['preset']}, found --preset "
+                             f"{args.preset}; both stages need the same")
         _, sizes = PRESETS[args.preset]
         if args.preset != "lite":
             if not args.wav2vec2:
@@ -78,11 +83,7 @@ def main(args):
     optimiser = torch.optim.Adam(trained, lr=args.rate)
     step, best, rows = 0, float("inf"), []
     if state:
-        optimiser.load_state_dict(state["optimiser"])
-        step, best, rows = state["step"], state["best"], state["rows"]
-        torch.set_rng_state(state["random"].cpu())
-        if device == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+        step, rows, best = resume(state, optimiser, args)
     print(f"stage 2 on {device}: {sum(p.numel() for p in trained):,} parameters, {len(data.splits['train'])} clips, "
           f"styles {', '.join(data.subjects)}")
 
@@ -91,8 +92,8 @@ def main(args):
         codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0]
                  for clip in data.splits["train"]}
 
-    out.mkdir(parents=True, exist_ok=True)
-    start, first = time.time(), step
+    writable(out, make=True)
+    start, first, interrupted = time.time(), step, hear_interrupts()
     while step < args.steps:
         # 1. the rate: a short warm-up, then halved at fixed steps
         rate = args.rate * min(1, (step + 1) / 20) * 0.5 ** (step // args.halve_every)
@@ -115,7 +116,9 @@ def main(args):
             _, losses = model(sound, style, target, motion, lengths, args.own)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        size = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not size.isfinite():
+            raise ValueError(f"step {step}: the gradient is not finite any more; train again with a lower --rate")
         optimiser.step()
         step += 1
 
@@ -133,19 +136,20 @@ def main(args):
                   f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  "
                   f"upper {figures['upper_energy']:.2f}  codes {figures['codes_used']:.0f}  "
                   f"perplexity {figures['perplexity']:.1f}", flush=True)
+            warn_of_collapse(figures, model.autoencoder.config.codes, step)
             rows[-1] |= {"validation": figures}
             # Lip error alone would choose a dull face; over the error with swapped audio, which is 1 for a face that
             # does not listen, it chooses one that moves, and rightly.
             merit = figures["lve"] / figures["lve_swapped"]
             better = not merit >= best                                  # also where a lone clip leaves nothing to swap
             best = merit if better else best
-            state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": best,
-                     "random": torch.get_rng_state(), **data.identity()}
-            if device == "cuda":
-                state["random_cuda"] = torch.cuda.get_rng_state()
-            if better:
+        if evaluates or interrupted:
+            state = training_state(optimiser, step, rows, best, args, data)
+            if evaluates and better:
                 save(out / "best.pt", model, **state)
             save(out / "last.pt", model, **state)
+        if interrupted:
+            raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume goes on from there")
 
     model, _ = load(out / "best.pt", "ar", device)
     figures = evaluate_generation(model, data, "test")

@@ -13,25 +13,27 @@ from pathlib import Path
 import torch
 
 from codetalker import PRESETS, MotionAutoencoder, VQConfig, load, save
-from data import batch_of, cannot, clock, evaluate_reconstruction, open_data, positive, random_crops, write_figures
+from data import (CommandLine, batch_of, between, cannot, clock, evaluate_reconstruction, hear_interrupts, open_data,
+                  positive, random_crops, resume, training_state, warn_of_collapse, writable, write_figures)
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers, made on first use)")
 parser.add_argument("--preset", choices=PRESETS, default="lite",
                     help="sizes and schedule: one for laptops, the two published (default: %(default)s)")
 parser.add_argument("--out", default="runs/vq", help="folder for the results (default: %(default)s)")
 parser.add_argument("--steps", type=positive, default=450, help="training steps (default: %(default)s)")
-parser.add_argument("--batch", type=positive, default=8, help="sequences in a batch (default: %(default)s)")
+parser.add_argument("--batch", type=between(1, 4096, int), default=8, help="sequences at once (default: %(default)s)")
 parser.add_argument("--window", type=positive, default=48, help="frames in a training sequence (default: %(default)s)")
-parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at the start (default: %(default)s)")
+parser.add_argument("--rate", type=between(1e-9, 1), default=2e-3, help="learning rate, first (default: %(default)s)")
 parser.add_argument("--halve-every", type=positive, default=100,
                     help="steps after which the rate halves (default: %(default)s)")
-parser.add_argument("--codes", type=positive, default=256, help="N, codes in the codebook (default: %(default)s)")
+parser.add_argument("--codes", type=between(1, 65_536, int), default=256,
+                    help="N, codes in the codebook (default: %(default)s)")
 parser.add_argument("--revive-every", type=positive, default=25,
                     help="steps between revivals of dead codes (default: %(default)s)")
 parser.add_argument("--eval-every", type=positive, default=150, help="steps between evaluations (default: %(default)s)")
 parser.add_argument("--log-every", type=positive, default=50, help="steps between log lines (default: %(default)s)")
-parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+parser.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of all randomness (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
 
 # The paper's schedule where a preset asks for it: 200 epochs of 320 (VOCASET) or 192 (BIWI) sentences, one whole
@@ -61,16 +63,12 @@ def main(args):
     step, best, rows = 0, -float("inf"), []
     if state:
         data.check(state)
-        optimiser.load_state_dict(state["optimiser"])
-        step, best, rows = state["step"], state["best"], state["rows"]
-        torch.set_rng_state(state["random"].cpu())
-        if device == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+        step, rows, best = resume(state, optimiser, args)
     print(f"stage 1 on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{len(data.splits['train'])} clips, {data.channels // 3} vertices, motion divided by {data.scale:.4g}")
 
-    out.mkdir(parents=True, exist_ok=True)
-    start, first = time.time(), step
+    writable(out, make=True)
+    start, first, interrupted = time.time(), step, hear_interrupts()
     while step < args.steps:
         # 1. the rate: a short warm-up, then halved at fixed steps (as the paper's schedule, in steps)
         rate = args.rate * min(1, (step + 1) / 20) * 0.5 ** (step // args.halve_every)
@@ -93,7 +91,9 @@ def main(args):
             _, indices, losses = model(motion, lengths)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        size = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not size.isfinite():
+            raise ValueError(f"step {step}: the gradient is not finite any more; train again with a lower --rate")
         optimiser.step()
         step += 1
 
@@ -110,15 +110,16 @@ def main(args):
             figures = evaluate_reconstruction(model, data, "val")
             print(f"   validation  R2 {figures['r2']:.4f}  lip gap r {figures['gap_correlation']:.4f}  "
                   f"codes {figures['codes_used']}/{args.codes}  perplexity {figures['perplexity']:.1f}", flush=True)
+            warn_of_collapse(figures, args.codes, step, hears=False)
             rows[-1] |= {"validation": figures}
             better, best = figures["r2"] > best, max(best, figures["r2"])
-            state = {"optimiser": optimiser.state_dict(), "step": step, "rows": rows, "best": best,
-                     "random": torch.get_rng_state(), **data.identity()}
-            if device == "cuda":
-                state["random_cuda"] = torch.cuda.get_rng_state()
-            if better:
+        if evaluates or interrupted:
+            state = training_state(optimiser, step, rows, best, args, data)
+            if evaluates and better:
                 save(out / "best.pt", model, **state)
             save(out / "last.pt", model, **state)
+        if interrupted:
+            raise KeyboardInterrupt(f"stopped after step {step}; the same command with --resume goes on from there")
 
     model, _ = load(out / "best.pt", "vq", device)
     figures = evaluate_reconstruction(model, data, "test")
