@@ -56,6 +56,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -634,14 +635,15 @@ def prepare(audio, fps, frames, config):
 # ===================================================================== stage 2: speech-driven code query
 
 
-def periodic_positions(period, width):
+@lru_cache
+def periodic_positions(period, width, device="cpu"):
     """Sinusoids that repeat every `period` frames, so that no length is ever out of range (Fan et al. 2022).
 
     One period of them, (period, width) float32; frame t takes row t mod period:
     P[t, 2i] = sin(t / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
     """
     angle = torch.arange(period)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)   # (period, width / 2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)       # sine and cosine interleaved
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(device)    # sine and cosine interleaved
 
 
 def causal_bias(frames, period, heads, memory):
@@ -694,7 +696,6 @@ class CodeTalker(nn.Module):
             self.audio_encoder = AudioEncoder(config)
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
         self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
-        self.register_buffer("positions", periodic_positions(config.period, config.width), persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.query = nn.Linear(config.width, features, bias=False)
         nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
@@ -734,8 +735,9 @@ class CodeTalker(nn.Module):
         x = self.history(past)                                          # [history]
         if first == 0:                                                  # [first]
             x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
+        positions = periodic_positions(self.config.period, self.config.width, x.device)     # (period, d)
         row = torch.arange(first, first + past.shape[1], device=x.device) % self.config.period
-        return self.dropout(x + (style @ self.style)[:, None] + self.positions[row])
+        return self.dropout(x + (style @ self.style)[:, None] + positions[row])
 
     def answer(self, fed, style, audio):
         """What the transformer says to a whole history at once: fed (B, T, H*c or V*3), of which frame t sees what is
