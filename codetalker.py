@@ -53,6 +53,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -493,8 +494,8 @@ def log_mel(audio, fps, frames, bands):
     mel = energy.clamp(min=max(1e-8 * float(energy.max()), 1e-10)).log10()  # digital silence is -80 dB, not -inf
     # A second or more of one loudness is no speech but hum, hiss or nothing at all: what lies 40 dB under speech. The
     # deviation over time of the mean band is 0 to 0.09 for noise of any colour, above 0.3 for speech, 0.15 with as
-    # much noise as speech (measured).
-    nobody_speaks = frames >= fps and mel.mean(1).std() < 0.12
+    # much noise as speech (measured). At its ends a recording may be cut off, which is heard as a click.
+    nobody_speaks = frames >= fps and mel[4:-4].mean(1).std() < 0.12
     return mel - mel[speech].mean(0) - 4.0 * float(nobody_speaks)
 
 
@@ -813,6 +814,11 @@ class CodeTalker(nn.Module):
 # ================================================================================================== checkpoints
 
 
+def why(error):
+    """An exception in a few words, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}".removesuffix(": ")
+
+
 @contextmanager
 def whole(path):
     """Give a hidden sibling to write to: it becomes `path` when the block ends well, otherwise it goes. What a killed
@@ -822,6 +828,8 @@ def whole(path):
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: it cannot be written, is the disk full? ({why(error)})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -836,17 +844,12 @@ def save(path, model, **rest):
         try:
             torch.save(state, part)
         except RuntimeError as error:                       # so PyTorch calls a full disk
-            raise OSError(f"{path}: it cannot be written: is the disk full? ({why(error)})") from None
+            raise OSError(error) from None
 
 
 # A file may come from a stranger. Nothing in it is executed (weights_only), and a short one that claims to be large
 # takes no memory: what it holds is measured first, and a model is built without memory ("meta") and then given the
 # tensors that are there.
-
-
-def why(error):
-    """An exception in a few words, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}".removesuffix(": ")
 
 
 def check_size(path, sizes):
@@ -861,7 +864,9 @@ def read_torch(path, device="cpu"):
     with open(path, "rb") as file:
         if file.read(2) == b"PK":                           # a zip; PyTorch does not compress its entries
             check_size(path, [entry.file_size for entry in zipfile.ZipFile(file).infolist()])
-    return torch.load(path, map_location=device, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # of an unusual pickle; it is read or it is not
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def check_config(config, weights):

@@ -953,7 +953,7 @@ def read_templates(path):
     templates, read = read_pickle(path), {}
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found "
-                         f"{'nothing in it' if templates == {} else f'a {type(templates).__name__}'}")
+                         f"{'nothing in it' if isinstance(templates, dict) else f'a {type(templates).__name__}'}")
     for subject, template in templates.items():
         if not isinstance(template, np.ndarray) or template.size == 0:
             raise ValueError(f"{path}: {subject}: an array of numbers (V, 3) expected, found "
@@ -1739,19 +1739,22 @@ def resume(state, optimiser, args):
 def warn_of_collapse(figures, codes, step, hears=True):
     """A line for each way in which a run fails without an error, with the likely cause; none before step 200.
 
-    figures: score() of an evaluation; codes: N; hears: whether the motion was made from audio (stage 2).
+    figures: score() of an evaluation; codes: N; hears: whether the motion was made from audio (stage 2). Healthy runs
+    keep far from these limits: at step 150 or later a perplexity above N / 4, energy 0.7, lip error 4 times as large.
     """
     heard = figures["lve_swapped"] / max(figures["lve"], 1e-12)
     signs = (
-        (figures["perplexity"] < max(1.5, codes / 32),
+        (figures["perplexity"] < codes / 10,
          f"codes die: perplexity {figures['perplexity']:.1f} of {codes}; likely --rate is too high, or dead codes "
          "are not revived (--revive-every)"),
         (figures["energy"] < 0.1,
          f"motion freezes: {figures['energy']:.3f} of the real energy; likely --rate is too high (above 1e-5 for "
          "wav2vec 2.0), or vertices are on a wrong scale (python data.py check FOLDER)"),
-        (hears and heard < 1.1,
+        (hears and heard < 1.2,
          f"audio is ignored: another clip's makes the lip error {heard:.2f} times as large; likely --own is too "
-         "small, or wavs and motion do not belong together"))
+         "small, or wavs and motion do not belong together"),
+        (not hears and figures["r2"] < 0.1,
+         f"motion does not come back: R2 {figures['r2']:.2f}; likely --rate is too high"))
     for is_there, text in signs:
         if is_there and step >= 200:
             print(f"   warning: {text}", flush=True)

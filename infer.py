@@ -128,7 +128,11 @@ def main(args):
     elif out.suffix == ".png":
         write_sheet(out, made, data, stills_of(data, clip, frames), codes)
     else:
-        write_video(out, faces, data, audio)
+        try:
+            write_video(out, faces, data, audio)
+        except subprocess.CalledProcessError as error:
+            told = (error.stderr or b"").decode(errors="replace").strip() or f"status {error.returncode}"
+            raise ValueError(f"{out}: ffmpeg failed, is the disk full? ({told[-200:]}); talk.html needs none") from None
     size = sum(path.stat().st_size for path in written) / 1e6
     name = out if len(written) == 1 else f"{written[0]} .. {written[-1].name}"
     print(f"{name}: {size:.2f} MB in {time.time() - start:.1f} s")
@@ -309,9 +313,7 @@ def write_video(path, faces, data, audio):
         if not gif:
             sound.write_bytes(wav_bytes(audio, seconds))
             command = ["ffmpeg", "-v", "error", "-y", "-i", silent, "-i", sound, "-c:v", "copy", part]
-            run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-            if run.returncode:
-                raise ValueError(f"ffmpeg failed on {path}: {run.stderr.strip().splitlines()[-1:]}")
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
 
 
 def write_sheet(path, vertices, data, stills, codes):

@@ -1,6 +1,8 @@
 """What the three test files share: the repository on the path, a few built-in speakers, and a small false VOCASET."""
 import pickle
+import shutil
 import struct
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,17 @@ from scipy.spatial import ConvexHull
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)            # these models are too small to share
+
+
+def browse(page, profile):
+    """What chromium makes of a page that tests itself, as text; skips the test where there is no chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    if browser is None:
+        pytest.skip("no chromium")
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom").split()
+    return subprocess.run([browser, *flags, f"--user-data-dir={profile}", f"{page.as_uri()}#selftest"],
+                          capture_output=True, text=True, timeout=90).stdout
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from PIL import Image
 
 import codetalker
 import data
-from conftest import ROOT
+from conftest import ROOT, browse
 
 BUDGET = "--batch 2 --window 16 --log-every 1 --eval-every 2".split()
 
@@ -147,16 +147,10 @@ def test_a_wav_becomes_any_of_the_endings(infer, speech, elsewhere, ending):
 
 def test_the_page_passes_its_self_test_in_a_browser(infer, elsewhere, tmp_path):
     """It seeks to three moments and puts PASS into its title if three different pictures come of it."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
-    if browser is None:
-        pytest.skip("no chromium")
     assert infer() == 0                                                         # a test clip beside its truth
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom").split()
-    page = subprocess.run([browser, *flags, f"--user-data-dir={tmp_path / 'profile'}",
-                           f"{(elsewhere / 'talk.html').as_uri()}#selftest"], capture_output=True, text=True, timeout=90)
-    assert "<title>PASS" in page.stdout, page.stdout[:200] + page.stderr[-500:]
-    assert page.stdout.count("<canvas") == 4                                    # two heads, the sound, the codes
+    page = browse(elsewhere / "talk.html", tmp_path / "profile")
+    assert "<title>PASS" in page, page[:200]
+    assert page.count("<canvas") == 4                                           # two heads, the sound, the codes
 
 
 def test_the_page_shows_every_vertex_within_a_tenth_of_a_millimetre(infer, speakers, elsewhere):
