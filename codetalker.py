@@ -98,6 +98,7 @@ class ARConfig:
     mel_bands: int = 64
     motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
+    target: str = "codes"           # what is asked of the transformer: "codes", "vertices" or "indices"
     history: str = "codes"          # [history] what is fed back; the paper: "motion"
     memory: int = 90                # [memory] frames that a frame looks back on, itself included; the paper: 600
     wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
@@ -698,7 +699,10 @@ class CodeTalker(nn.Module):
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
         self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.query = nn.Linear(config.width, features, bias=False)
+        answers = {"codes": features,                                   # the paper: a feature, then its nearest code
+                   "vertices": stage1.vertices * 3,                     # no codebook: motion itself, as FaceFormer
+                   "indices": stage1.slots * stage1.codes}              # a score for each code: classification
+        self.query = nn.Linear(config.width, answers[config.target], bias=False)
         nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
         self.dropout = nn.Dropout(config.dropout)
 
@@ -742,20 +746,40 @@ class CodeTalker(nn.Module):
 
     def answer(self, fed, style, audio):
         """What the transformer says to a whole history at once: fed (B, T, H*c or V*3), of which frame t sees what is
-        before it, style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
+        before it, style (B, K), audio (B, T, k, d) -> (B, T, H*c, V*3 or H*N), as config.target says."""
         x = self.embed(fed.roll(1, dims=1), style)                      # each frame's predecessor
         bias = causal_bias(x.shape[1], self.config.period, self.config.heads, self.config.memory).to(x.device)
         for layer in self.layers:
             x = layer(x, audio, bias)
-        return self.query(x).unflatten(-1, (self.autoencoder.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
+        return self.query(x)
+
+    def choose(self, answers, temperature=0.0):
+        """Answers (B, T, H*c or H*N) -> codes (B, T, H): the nearest to each feature, or by their scores, the best
+        (temperature 0) or one drawn at random, the better the likelier."""
+        answers = answers.float().unflatten(-1, (self.autoencoder.config.slots, -1))    # (B, T, H, c or N)
+        if self.config.target == "codes":
+            return self.autoencoder.quantiser.nearest(answers).view(answers.shape[:-1])
+        if temperature == 0:
+            return answers.argmax(-1)
+        return (answers / temperature).softmax(-1).flatten(0, 2).multinomial(1).view(answers.shape[:-1])
+
+    def feed_back(self, answers):
+        """Answers to whole sequences -> what the next frames are told of them, (B, T, H*c or V*3)."""
+        if self.config.target == "vertices":
+            return answers
+        codes = self.choose(answers)
+        if self.config.history == "codes":
+            return self.autoencoder.quantiser.codebook[codes].flatten(2)
+        return self.autoencoder.decode(codes)
 
     def forward(self, sound, style, codes, motion, lengths=None, own=0.0):
-        """All frames are answered at once, given a history; returns z_hat (B, T, H, c) and the losses.
+        """All frames are answered at once, given a history; returns the answers (B, T, ...) and the losses.
 
         sound as for `listen`, style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
         The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
         motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
+        Of the other targets: {"motion"}, MSE(M_hat, M), and {"index"}, the cross-entropy of the real codes.
         """
         batch, frames, _ = codes.shape
         quantiser = self.autoencoder.quantiser
@@ -764,51 +788,67 @@ class CodeTalker(nn.Module):
         target = quantiser.codebook[codes]                              # (B, T, H, c); frozen, so this is sg(z_q)
         fed = motion if self.config.history == "motion" else target.flatten(2)      # teacher forcing
         if own > 0:
-            assert self.config.history == "codes", "own answers can be fed back as codes only"
-            # The model's own history, all frames at once: what it says when told a history of random codes. Nothing
-            # of the truth leaks into it; the frame-by-frame history would take T passes instead of one.
+            # The model's own history, all frames at once: what it says when told a history of random codes (or the
+            # motion of the batch's previous sequence). Nothing of the truth leaks into it; the frame-by-frame history
+            # would take T passes instead of one.
             with torch.no_grad():
-                random_codes = torch.randint_like(codes, len(quantiser.codebook))
-                said = self.answer(quantiser.codebook[random_codes].flatten(2), style, audio)
-                said = quantiser.codebook[quantiser.nearest(said)].view_as(fed)             # (B, T, H*c)
+                strange = fed.roll(1, dims=0)
+                if self.config.history == "codes":
+                    strange = quantiser.codebook[torch.randint_like(codes, len(quantiser.codebook))].flatten(2)
+                said = self.feed_back(self.answer(strange, style, audio))
             is_own = torch.rand(codes.shape[:2], device=codes.device)[..., None] < own      # (B, T, 1)
             fed = torch.where(is_own, said, fed)
-        z_hat = self.answer(fed, style, audio)
+        answers = self.answer(fed, style, audio)
+        if self.config.target == "vertices":
+            return answers, {"motion": masked_mean((answers.float() - motion).square(), lengths)}
+        if self.config.target == "indices":
+            scores = answers.float().unflatten(-1, codes.shape[2:] + (-1,)).permute(0, 3, 1, 2)     # (B, N, T, H)
+            return answers, {"index": masked_mean(F.cross_entropy(scores, codes, reduction="none"), lengths)}
+        z_hat = answers.unflatten(-1, codes.shape[2:] + (-1,))          # (B, T, H*c) -> (B, T, H, c)
         z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
         error = self.autoencoder.decoder(z_q, lengths) - motion
-        return z_hat, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
+        return answers, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
                        "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
 
     @torch.no_grad()
-    def generate(self, sound, style, lengths=None, tell=lambda done, frames: None):
+    def generate(self, sound, style, lengths=None, temperature=0.0, tell=lambda done, frames: None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
         sequence changes nothing before its end. Of the last `memory` frames keys and values are kept, so that a frame
         costs the same however long the sequence is.
 
-        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). tell: hears how many frames are done.
+        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). temperature: as for `choose`. tell:
+        hears how many frames are done.
         """
         assert not self.training, "generation is for evaluation: call model.eval() first"
-        quantiser, slots = self.autoencoder.quantiser, self.autoencoder.config.slots
+        codebook, config = self.autoencoder.quantiser.codebook, self.autoencoder.config
         audio = self.listen(sound, lengths)                             # (B, T, k, d)
         batch, frames, device = len(audio), audio.shape[1], audio.device
         memory = min(frames, self.config.memory)
         bias = causal_bias(memory, self.config.period, self.config.heads, memory)[:, -1:].to(device)    # the last row
         caches, felt = [{} for _ in self.layers], {}    # of the frames so far: keys and values; what the decoder felt
         past = torch.zeros(batch, 1, self.history.in_features, device=device)
-        codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
+        codes = torch.empty(batch, frames, config.slots, dtype=torch.long, device=device)
+        motion = None
+        if self.config.target == "vertices":
+            motion = torch.empty(batch, frames, config.vertices * 3, device=device)
         for t in range(frames):
             x = self.embed(past, style, first=t)                        # (B, 1, d)
             for layer, cache in zip(self.layers, caches):
                 x = layer(x, audio[:, t:t + 1], bias[..., -t - 1:], cache)
-            z_hat = self.query(x).view(batch, slots, -1)                # (B, H, c)
-            codes[:, t] = quantiser.nearest(z_hat).view(batch, slots)
-            if self.config.history == "codes":
-                past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]                  # (B, 1, H*c)
-            else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
-                prefix = quantiser.codebook[codes[:, max(0, t + 1 - memory):t + 1]]
-                past = self.autoencoder.decoder(prefix, cache=felt)
+            answers = self.query(x)                                     # (B, 1, H*c, V*3 or H*N)
+            if self.config.target == "vertices":
+                motion[:, t:t + 1] = past = answers
+            else:
+                codes[:, t:t + 1] = self.choose(answers, temperature)
+                if self.config.history == "codes":
+                    past = codebook[codes[:, t:t + 1]].flatten(2)       # (B, 1, H*c)
+                else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
+                    prefix = codebook[codes[:, max(0, t + 1 - memory):t + 1]]
+                    past = self.autoencoder.decoder(prefix, cache=felt)
             tell(t + 1, frames)
-        return self.autoencoder.decode(codes, lengths), codes
+        if motion is None:
+            return self.autoencoder.decode(codes, lengths), codes
+        return motion, self.autoencoder.encode(motion, lengths)         # the codes that stage 1 would see in it
 
 
 # ================================================================================================== checkpoints

@@ -28,8 +28,12 @@ def stage1(**changes):
     return model.eval()
 
 
-def stage2(**changes):
-    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, memory=10, mel_bands=6, audio_layers=2)
+TARGETS = ["codes", "vertices", "indices"]
+
+
+def stage2(target="codes", **changes):
+    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, memory=10, mel_bands=6, audio_layers=2, target=target,
+                         history="motion" if target == "vertices" else "codes")
     model = ct.CodeTalker(config, stage1(**changes))
     nn.init.normal_(model.query.weight)             # it starts from zero, which would say the same in every frame
     return model.eval()
@@ -294,7 +298,7 @@ def test_the_future_does_not_leak():
     audio = model.audio_encoder(mel).unsqueeze(2)
     fed = torch.randn(3, 9, model.history.in_features)
     other = torch.cat([fed[:, :5], fed[:, 5:] + 1], 1)
-    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-5
+    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [False] * 6 + [True] * 3
 
 
@@ -306,12 +310,12 @@ def test_generate_equals_asking_the_whole_prefix_again_and_asking_all_at_once():
     said = torch.zeros(3, 40, 4, dtype=torch.long)
     for t in range(40):
         fed = model.autoencoder.quantiser.codebook[said[:, :t + 1]].flatten(2)
-        z_hat = model.answer(fed, style, audio[:, :t + 1])[:, t]
+        z_hat = model.answer(fed, style, audio[:, :t + 1])[:, t].unflatten(-1, (4, 4))
         said[:, t] = torch.cdist(z_hat.flatten(0, 1), model.autoencoder.quantiser.codebook).argmin(1).view(3, 4)
     assert torch.equal(codes, said) and len(codes.unique()) > 4
     close(made, model.autoencoder.decode(said))
     forced = model.answer(model.autoencoder.quantiser.codebook[codes].flatten(2), style, audio)
-    assert torch.equal(model.autoencoder.quantiser.nearest(forced).view(codes.shape), codes)
+    assert torch.equal(model.choose(forced), codes)
 
 
 def test_what_is_beyond_the_memory_is_forgotten():
@@ -320,7 +324,7 @@ def test_what_is_beyond_the_memory_is_forgotten():
     audio, fed = model.audio_encoder(mel).unsqueeze(2), torch.randn(3, 30, model.history.in_features)
     other = fed.clone()
     other[:, 1] += 1
-    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-6
+    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2)) > 1e-6
     assert moved[2:21].all() and not moved[21:].any() and not moved[:2].any()
 
 
@@ -344,6 +348,7 @@ def test_stage2_losses_over_real_frames_by_hand():
     model, (mel, style, motion) = stage2(), speech()
     codes = model.autoencoder.encode(motion, LENGTHS)
     z_hat, losses = model(mel, style, codes, motion, LENGTHS)
+    z_hat = z_hat.unflatten(-1, (4, 4))
     book = model.autoencoder.quantiser.codebook
     chosen = torch.cdist(z_hat.flatten(0, 2), book).argmin(1).view(codes.shape)
     made = model.autoencoder.decode(chosen, LENGTHS)
@@ -353,15 +358,58 @@ def test_stage2_losses_over_real_frames_by_hand():
         assert losses[name].item() == pytest.approx(weight * real.square().mean().item(), rel=1e-4)
 
 
-def test_a_history_of_its_own_holds_nothing_of_the_truth():
-    model, (mel, style, motion) = stage2(), speech()
-    codes = model.autoencoder.encode(motion)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_history_of_its_own_holds_nothing_of_the_truth(target):
+    """It is what the model says to a strange history: random codes, or the motion of sequence 1 for sequence 2."""
+    model, (mel, style, motion) = stage2(target=target), speech()
+    other = torch.cat([motion[:1], motion[1:2] + 1, motion[2:]])
     answers = []
-    for truth in (codes, (codes + 1) % 32):
+    for truth in (motion, other):
         torch.manual_seed(1)
-        answers.append([model(mel, style, truth, motion, own=own)[0] for own in (0.0, 1.0)])
-    assert not torch.allclose(answers[0][0], answers[1][0])
-    assert torch.equal(answers[0][1], answers[1][1])
+        codes = model.autoencoder.encode(truth)
+        answers.append([model(mel, style, codes, truth, own=own)[0] for own in (0.0, 1.0)])
+    moved = [(a - b).abs().amax((1, 2)) > 1e-6 for a, b in zip(*answers)]
+    assert moved[0].tolist() == [False, True, False]                    # teacher forcing
+    assert moved[1].tolist() == [False, False, target == "vertices"]    # its own answers
+
+
+@pytest.mark.parametrize("target", ["vertices", "indices"])
+def test_other_targets_generate_what_they_answer_to_their_own_history(target):
+    model, (mel, style, _) = stage2(target=target), speech()
+    made, codes = model.generate(mel, style)
+    fed = made if target == "vertices" else model.autoencoder.quantiser.codebook[codes].flatten(2)
+    answers = model.answer(fed, style, model.audio_encoder(mel).unsqueeze(2))
+    if target == "vertices":
+        close(answers, made)
+    else:
+        assert torch.equal(answers.view(3, 9, 4, 32).argmax(-1), codes) and len(codes.unique()) > 4
+    close(model.feed_back(answers), fed)
+
+
+@pytest.mark.parametrize("target", ["vertices", "indices"])
+def test_losses_of_the_other_targets_by_hand(target):
+    model, (mel, style, motion) = stage2(target=target), speech()
+    codes = model.autoencoder.encode(motion, LENGTHS)
+    answers, losses = model(mel, style, codes, motion, LENGTHS)
+    by_hand, answers = [], answers.detach()
+    for row, length in enumerate(LENGTHS):
+        for frame in range(length):
+            if target == "vertices":
+                by_hand += (answers[row, frame] - motion[row, frame]).square().tolist()
+            else:
+                by_hand += [-math.log(scores.softmax(0)[code]) for scores, code in
+                            zip(answers[row, frame].view(4, 32), codes[row, frame])]
+    assert [loss.item() for loss in losses.values()] == pytest.approx([np.mean(by_hand)], rel=1e-4)
+
+
+def test_a_temperature_draws_codes_as_often_as_their_scores_say():
+    model = stage2(target="indices")
+    scores = torch.randn(1, 1, 4, 32)
+    drawn = model.choose(scores.expand(2000, 5, 4, 32).flatten(2), temperature=0.7)
+    for slot in range(4):
+        often = drawn[..., slot].flatten().bincount(minlength=32) / 10_000
+        close(often, (scores[0, 0, slot] / 0.7).softmax(0), 0.025)
+    assert torch.equal(model.choose(scores.flatten(2)), scores.argmax(-1))
 
 
 def test_training_moves_stage2_and_leaves_stage1():
@@ -524,7 +572,8 @@ def test_motion_as_history_equals_decoding_and_asking_everything_again():
     fed = torch.zeros(1, 0, 15)
     for t in range(13):
         z_hat = model.answer(torch.cat([fed, torch.zeros(1, 1, 15)], 1), style, audio[:, :t + 1])
-        said = torch.cdist(z_hat.flatten(0, 2), model.autoencoder.quantiser.codebook).argmin(1).view(1, t + 1, 4)
+        z_hat = z_hat.unflatten(-1, (4, 4)).flatten(0, 2)
+        said = torch.cdist(z_hat, model.autoencoder.quantiser.codebook).argmin(1).view(1, t + 1, 4)
         fed = torch.cat([fed, model.autoencoder.decode(said)[:, -1:]], 1)
     assert torch.equal(codes, said) and len(said.unique()) > 4
     close(made, model.autoencoder.decode(said))
