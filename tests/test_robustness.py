@@ -493,7 +493,7 @@ def test_figures_are_json_though_a_lone_clip_has_none_to_swap_with(tiny, trained
 # ------------------------------------------------------------------------------------------------ 2. killed training
 
 
-def child(arguments, threads=1, sabotage=None):
+def child(arguments, sabotage=None):
     """Fork a process that runs a command in silence; its id. sabotage (how, n): with the n-th checkpoint half written,
     or written but not yet at its place, it kills itself."""
     process = os.fork()
@@ -503,7 +503,6 @@ def child(arguments, threads=1, sabotage=None):
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        torch.set_num_threads(threads)
         if sabotage:
             (how, left), write = sabotage, torch.save
 
@@ -523,41 +522,37 @@ def child(arguments, threads=1, sabotage=None):
 
 
 def kill_and_resume(folder, stage, kills):
-    """Train undisturbed; then again and again, killed at random instants and resumed, until that happened `kills`
-    times: every file must be the same to the bit. Prints how it was stopped, and how often."""
+    """Train undisturbed; then killed at `kills` random instants, and resumed, till the end: every file must be the same
+    to the bit. Prints how often it was stopped, and how."""
     def wait(process):
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-    def read(run, name):
-        return torch.load(folder / run / name, weights_only=True)
-
-    rng = random.Random(stage)
-    command = [f"train_{stage}.py", "--data", folder / "tiny", "--steps", 24, *BUDGET, "--eval-every", 3]
+    rng, stops = random.Random(stage), {"kill": 0, "Ctrl-C": 0, "rounds": 0}
+    command = [f"train_{stage}.py", "--data", folder / "tiny", "--steps", 60, *BUDGET, "--eval-every", 3]
     command += ["--codes", 32] if stage == "vq" else ["--vq", folder / "vq" / "best.pt"]
     start = time.time()
     assert wait(child([*command, "--out", folder / stage])) == 0
-    seconds, stops, rounds = time.time() - start, {"kill": 0, "kill while saving": 0, "Ctrl-C": 0}, 0
-    while stops["kill"] + stops["kill while saving"] < kills:
-        out, status, rounds = folder / f"{stage}{rounds}", None, rounds + 1
+    seconds = time.time() - start
+    while stops["kill"] < kills:
+        out, status = folder / f"{stage}{stops['rounds']}", None
+        stops["rounds"] += 1
         while status != 0:
             resumes = ["--resume"] if (out / "last.pt").exists() else []
-            sabotage = (rng.choice(["half", "whole"]), rng.randrange(4)) if rng.random() < 0.2 else None
+            sabotage = (rng.choice(["half", "whole"]), rng.randrange(9)) if rng.random() < 0.3 else None
             process = child([*command, "--out", out, *resumes], sabotage=sabotage)
-            time.sleep(rng.uniform(0.1, 0.8) * seconds)
-            by = signal.SIGINT if rng.random() < 0.15 else signal.SIGKILL
-            os.kill(process, by)
+            if stops["kill"] < kills:
+                time.sleep(rng.uniform(0.1, 0.6) * seconds)
+                os.kill(process, signal.SIGINT if rng.random() < 0.2 else signal.SIGKILL)
             status = wait(process)
             assert status in (0, 130, -signal.SIGKILL), status
             if status:
-                stops["Ctrl-C" if status == 130 else "kill while saving" if sabotage else "kill"] += 1
+                stops["Ctrl-C" if status == 130 else "kill"] += 1
         for name in ("last.pt", "best.pt"):
-            assert same(read(out.name, name), read(stage, name)), name
-        figures, expected = (json.loads((folder / run / "figures.json").read_text()) for run in (out.name, stage))
+            resumed, whole = (torch.load(path / name, weights_only=True) for path in (out, folder / stage))
+            assert same(resumed, whole), name
+        figures, expected = (json.loads((path / "figures.json").read_text()) for path in (out, folder / stage))
         assert all(figures[part] == expected[part] for part in ("rows", "test"))
         assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "figures.json", "loss.png"}
-    for run in ("one", "other"):
-        assert wait(child([*command, "--out", folder / f"{stage}_{run}"], threads=2)) == 0
-    assert same(read(f"{stage}_one", "last.pt"), read(f"{stage}_other", "last.pt")), "two threads, two results"
     print(json.dumps(stops))
 
 
@@ -572,7 +567,7 @@ def alone(*arguments):
 def test_killed_at_any_instant_training_resumes_to_the_same_weights(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "tiny")
     stops = [json.loads(alone("kill", tmp_path, stage, 12)) for stage in ("vq", "ar")]
-    assert sum(stop["kill"] + stop["kill while saving"] for stop in stops) >= 20, stops
+    assert sum(stop["kill"] for stop in stops) >= 24 and sum(stop["Ctrl-C"] for stop in stops), stops
 
 
 # --------------------------------------------------------------------------------------------------- 3. mutated files
@@ -592,7 +587,7 @@ def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
         content = bytearray(content)
         for _ in range(rng.choice((1, 1, 2, 3, 8))):
             place = rng.randrange(min(reach, len(content)))
-            part = rng.choice((rng.randbytes(1), rng.randbytes(4), b"\xff" * 4, b"\0" * 4, b"9", b"-", b"99999"))
+            part = rng.choice((rng.randbytes(1), rng.randbytes(4), b"\xff" * 4, b"\0" * 4, b" ", b"9", b"-", b"99999"))
             content[place:place + rng.choice((0, 1, len(part), len(part), len(part)))] = part
         return bytes(content[:rng.randrange(len(content))] if rng.random() < 0.05 else content)
 
@@ -667,11 +662,9 @@ def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
     (folder / "tiny" / "dataset.json").write_text(json.dumps(original))
 
     # 4. checkpoints
-    torch.manual_seed(0)
-    sizes = dict(width=8, layers=1, heads=2)
+    dataset, sizes = data.DataSet(folder / "tiny"), dict(width=8, layers=1, heads=2)
     autoencoder = codetalker.MotionAutoencoder(codetalker.VQConfig(12, hidden=8, slots=2, code_width=4, codes=9, **sizes))
-    model = codetalker.CodeTalker(codetalker.ARConfig(2, mel_bands=8, audio_layers=1, **sizes), autoencoder)
-    dataset = data.DataSet(folder / "tiny")
+    model = codetalker.CodeTalker(codetalker.ARConfig(len(dataset.subjects), mel_bands=8, audio_layers=1, **sizes), autoencoder)
     codetalker.save(folder / "x.pt", model, step=1, **dataset.identity())
     content, state = (folder / "x.pt").read_bytes(), torch.load(folder / "x.pt", weights_only=True)
 
@@ -694,7 +687,7 @@ def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
 
 def test_ten_thousand_mutated_files_are_read_or_refused(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "tiny")
-    told = json.loads(alone("fuzz", tmp_path, 0, 3500, 3500, 1500, 1500))
+    told = json.loads(alone("fuzz", tmp_path, 0, 4000, 3500, 1500, 1000))
     assert told["files"] == 10_000 and 5000 < told["refused"] < 9900 and told["MB"] < 1000, told
 
 
