@@ -697,8 +697,7 @@ class CodeTalker(nn.Module):
         else:
             self.audio_encoder = AudioEncoder(config)
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
-        bound = math.sqrt(3 / config.width)                             # uniform, of variance 1 / d
-        self.style = nn.Parameter(torch.empty(config.styles, config.width).uniform_(-bound, bound))
+        self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         answers = {"codes": features,                                   # the paper: a feature, then its nearest code
                    "vertices": stage1.vertices * 3,                     # no codebook: motion itself, as FaceFormer
