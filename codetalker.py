@@ -17,10 +17,15 @@ The alphabet of shapes
     c code width    N codes in the codebook    S audio steps    K speaking styles
 
 Where this differs from the paper, and why; each note stands again at its line. The presets "vocaset" and "biwi" build
-the published models: with them [history], [own], [start], [norm], [loss] and [audio] are as in the paper.
+the published models: with them [history], [memory], [own], [start], [norm], [loss] and [audio] are as in the paper.
     [history]   the transformer is fed the *codes* of the past frames, the paper feeds decoded vertices. Decoding a
                 prefix does not give the frames that decoding the whole gives, so the paper's history makes training
                 and generation two different functions; with codes they are one, and no decoder runs in the loop.
+    [memory]    a frame looks back on 90 frames: three periods, more than a training sequence has. So a second costs
+                the same after ten minutes. A longer memory did not help the lips, and stilled the upper face. The
+                released code looks back on everything and ends at 600 frames; the presets go on with the last 600.
+    [pieces]    what is longer than 600 frames is heard (by wav2vec 2.0), encoded and decoded in pieces that fade into
+                each other. InstanceNorm, where there is one, normalises each piece alone.
     [own]       in training most of the history is the model's own answers instead of the truth. Fed with the truth
                 alone it learns to copy the last frame, hardly listens, and drifts as soon as it runs free.
     [start]     stage 1 starts from data: its first and last layer from the principal components of real motion, the
@@ -52,6 +57,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -92,14 +98,16 @@ class ARConfig:
     mel_bands: int = 64
     motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
+    target: str = "codes"           # what is asked of the transformer: "codes", "vertices" or "indices"
     history: str = "codes"          # [history] what is fed back; the paper: "motion"
+    memory: int = 90                # [memory] frames that a frame looks back on, itself included; the paper: 600
     wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
     audio_steps: int = 1            # k, audio steps that a frame attends to; BIWI 2
 
 
 WAV2VEC2_BASE = {"convs": 512, "width": 768, "layers": 12, "heads": 12, "hidden": 3072}
 _PAPER1 = dict(width=1024, layers=6, heads=8, hidden=1536, instance_norm=True, squared=False)
-_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", wav2vec2=WAV2VEC2_BASE)
+_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", memory=600, wav2vec2=WAV2VEC2_BASE)
 PRESETS = {                         # fields of VQConfig, fields of ARConfig
     "lite": ({}, {}),
     "vocaset": (dict(slots=16, code_width=64, **_PAPER1), dict(layers=6, **_PAPER2)),
@@ -119,12 +127,12 @@ def hold_last(x, lengths):
     """Fill the padding behind each sequence with its last real frame.
 
     A convolution with replicate padding then sees at the end of a short sequence in a batch exactly what it
-    would see if the sequence were alone. x (B, T, ...), lengths (B,) or None; returns the shape of x.
+    would see if the sequence were alone. x (B, T, channels), lengths (B,) or None; returns the shape of x.
     """
     if lengths is None:
         return x
-    index = torch.arange(x.shape[1], device=x.device)[None].minimum(lengths[:, None] - 1)       # (B, T)
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+    last = x[torch.arange(len(x), device=x.device), lengths - 1]        # (B, channels)
+    return torch.where(inside(lengths, x.shape[1])[..., None], x, last[:, None])
 
 
 def masked_mean(x, lengths):
@@ -133,6 +141,32 @@ def masked_mean(x, lengths):
         return x.mean()
     mask = inside(lengths, x.shape[1])[..., None]
     return (x * mask).sum() / (mask.sum() * x.shape[-1])
+
+
+PIECE, OVERLAP = 600, 60            # frames; what the released code can do, 600 of them, is never cut
+
+
+def in_pieces(make, frames, lengths=None):
+    """[pieces] make(start, stop, lengths) -> (B, stop - start, channels), for all frames, in bounded memory.
+
+    Up to PIECE frames are made at once; of more, pieces, each faded into the next over OVERLAP frames. In a batch, a
+    sequence takes from no piece that it would not need alone. lengths (B,) or None; make is given those within it.
+    """
+    if frames <= PIECE:
+        return make(0, frames, lengths)
+    for start in range(0, frames - OVERLAP, PIECE - OVERLAP):
+        stop = min(start + PIECE, frames)
+        piece = make(start, stop, None if lengths is None else (lengths - start).clamp(1, stop - start))
+        if start == 0:
+            whole = piece.new_empty(len(piece), frames, piece.shape[2])
+        else:
+            rise = torch.linspace(0, 1, OVERLAP + 2, device=piece.device)[1:-1, None]       # (OVERLAP, 1)
+            if lengths is not None:
+                rise = rise * (lengths > start + OVERLAP)[:, None, None]                    # (B, OVERLAP, 1)
+            before = whole[:, start:start + OVERLAP].clone()
+            piece = torch.cat([before + rise * (piece[:, :OVERLAP] - before), piece[:, OVERLAP:]], 1)
+        whole[:, start:stop] = piece
+    return whole
 
 
 def padding_bias(lengths, frames):
@@ -165,7 +199,7 @@ class Attention(nn.Module):
 
     forward(x, source, bias, cache): x (B, T, d) asks, source (B, S, d) answers (None: x itself); bias broadcasts
     to (B, heads, T, S). cache: a dict that keeps keys and values between calls, so that generation pays for each
-    frame once; new keys are appended to it.
+    frame once; new ones are appended, and as many of the last are kept as bias has columns.
     """
 
     def __init__(self, width, heads, qkv_bias=True):
@@ -182,11 +216,14 @@ class Attention(nn.Module):
 
     def forward(self, x, source=None, bias=None, cache=None):
         source = x if source is None else source
+        if source.shape[-2] == 1 and cache is None:     # the softmax over one is 1, whatever is asked
+            return self.out(self.value(source)).expand_as(x)
         query, key, value = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
         if cache is not None:
-            if "key" in cache:
-                key, value = torch.cat([cache["key"], key], -2), torch.cat([cache["value"], value], -2)
-            cache["key"], cache["value"] = key, value
+            seen = torch.stack([key, value])                            # (2, B, heads, 1, d/heads)
+            if cache:
+                seen = torch.cat([cache["seen"], seen], -2)[..., -bias.shape[-1]:, :]
+            key, value = cache["seen"] = seen
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])     # (B, heads, T, S)  [scale]
         if bias is not None:
             scores = scores + bias.to(scores.dtype)
@@ -210,8 +247,10 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, qkv_bias=False)
         self.feed_forward = FeedForward(width, hidden, nn.GELU(approximate="tanh"))
 
-    def forward(self, x, bias):
-        x = x + self.attention(self.norm1(x), bias=bias)
+    def forward(self, x, bias, asking=slice(None)):
+        """asking: the frames that are wanted; they still look at all."""
+        normed = self.norm1(x)
+        x = x[:, asking] + self.attention(normed[:, asking], normed, bias)
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -229,15 +268,24 @@ class Temporal(nn.Module):
         # [position] no positions are added: frames are ordered by the convolution alone.
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.hidden) for _ in range(config.layers))
 
-    def forward(self, x, lengths=None):
-        x = F.leaky_relu(self.conv(x, lengths), 0.2)
+    def forward(self, x, lengths=None, cache=None):
+        """cache: a dict, for a sequence that grows frame by frame; only its last frame comes out, (B, 1, d). All that
+        leads to it needs all frames all the same, but of the convolution's only the last three are new."""
+        if cache:
+            new = self.conv(x[:, -5:])[:, -3:]
+            felt = torch.cat([cache["felt"][:, :-2], new], 1)[:, -x.shape[1]:]
+        else:
+            felt = self.conv(x, lengths)
+        if cache is not None:
+            cache["felt"] = felt
+        x = F.leaky_relu(felt, 0.2)
         if self.instance_norm:                                          # [norm]
             x = instance_norm(x, lengths)
         x = self.linear(x)
         bias = padding_bias(lengths, x.shape[1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, bias)
-        return x
+        return self.blocks[-1](x, bias, slice(None) if cache is None else slice(-1, None))
 
 
 def instance_norm(x, lengths=None):
@@ -281,10 +329,9 @@ class MotionDecoder(nn.Module):
         self.temporal = Temporal(config)
         self.leave = nn.Linear(config.width, config.vertices * 3, bias=not config.code_linear)
 
-    def forward(self, z_q, lengths=None, last=False):
-        """last: only the last frame's motion is wanted, (B, 1, V*3); what leads to it needs all frames all the same."""
-        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths)    # (B, T, H*c) -> (B, T, d)
-        return self.leave(x[:, -1:] if last else x)                     # (B, T, V*3)
+    def forward(self, z_q, lengths=None, cache=None):
+        x = self.temporal(self.from_codes(z_q.flatten(-2)), lengths, cache)     # (B, T, H*c) -> (B, T or 1, d)
+        return self.leave(x)                                            # (B, T or 1, V*3)
 
 
 class Quantiser(nn.Module):
@@ -317,11 +364,12 @@ class Quantiser(nn.Module):
         with torch.autocast(z_e.device.type, enabled=False):
             z_e = z_e.float()
             indices = self.nearest(z_e).view(z_e.shape[:-1])            # (B, T, H)
-            z_q = self.codebook[indices]                                # (B, T, H, c)
+            z_q = F.embedding(indices, self.codebook)                   # (B, T, H, c)
             codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
             commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
             if self.training:
-                self.uses += torch.bincount(indices.flatten(), minlength=len(self.uses))
+                chosen = indices.flatten()                              # bincount would make a GPU wait
+                self.uses.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=self.uses.dtype))
             # Straight-through: forward it is z_q, backward the gradient of z_q goes to z_e unchanged.
             z_q = z_e + (z_q - z_e).detach()
         return z_q, indices, codebook_loss + self.beta * commitment_loss
@@ -388,12 +436,15 @@ class MotionAutoencoder(nn.Module):
 
     def encode(self, motion, lengths=None):
         """Motion (B, T, V*3) -> codes (B, T, H) int64."""
-        z_e = self.encoder(motion, lengths)
-        return self.quantiser.nearest(z_e).view(z_e.shape[:-1])
+        z_e = in_pieces(lambda start, stop, within: self.encoder(motion[:, start:stop], within).flatten(2),
+                        motion.shape[1], lengths)                       # (B, T, H*c)
+        return self.quantiser.nearest(z_e.unflatten(2, (self.config.slots, -1))).view(*z_e.shape[:2], -1)
 
-    def decode(self, indices, lengths=None, last=False):
-        """Codes (B, T, H) -> motion (B, T, V*3), or of the last frame alone (B, 1, V*3)."""
-        return self.decoder(self.quantiser.codebook[indices], lengths, last)
+    def decode(self, indices, lengths=None):
+        """Codes (B, T, H) -> motion (B, T, V*3)."""
+        return in_pieces(lambda start, stop, within:
+                         self.decoder(self.quantiser.codebook[indices[:, start:stop]], within),
+                         indices.shape[1], lengths)
 
 
 # ================================================================================= audio: the front end and the encoder
@@ -432,9 +483,11 @@ def log_mel(audio, fps, frames, bands):
     centre = ((torch.arange(steps) + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
     needed = int(centre[-1]) + WINDOW
     audio = F.pad(audio.float(), (WINDOW // 2, max(0, needed - len(audio))))
-    window = torch.hann_window(WINDOW, periodic=False)
-    spectrum = torch.fft.rfft(audio[centre[:, None] + torch.arange(WINDOW)] * window, FFT)     # (steps, FFT/2 + 1)
-    energy = spectrum.abs().square() @ mel_filterbank(bands)                                   # (steps, bands)
+    window, bank, energy = torch.hann_window(WINDOW, periodic=False), mel_filterbank(bands), []
+    for some in centre.split(5000):                                     # spectra are large; bands are not
+        spectrum = torch.fft.rfft(audio[some[:, None] + torch.arange(WINDOW)] * window, FFT)    # (steps, FFT/2 + 1)
+        energy.append(spectrum.abs().square() @ bank)
+    energy = torch.cat(energy)                                          # (steps, bands)
     loudness = energy.sum(1)
     near = round(0.2 * fps * STEPS_PER_FRAME)                           # steps in 200 ms
     loud = (loudness >= 1e-3 * loudness.max()).float()
@@ -584,19 +637,20 @@ def prepare(audio, fps, frames, config):
 # ===================================================================== stage 2: speech-driven code query
 
 
-def periodic_positions(first, frames, period, width):
+@lru_cache
+def periodic_positions(period, width, device="cpu"):
     """Sinusoids that repeat every `period` frames, so that no length is ever out of range (Fan et al. 2022).
 
-    Rows first .. first + frames - 1 of the endless table, (frames, width) float32:
-    P[t, 2i] = sin((t mod period) / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
+    One period of them, (period, width) float32; frame t takes row t mod period:
+    P[t, 2i] = sin(t / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
     """
-    position = (torch.arange(first, first + frames) % period)[:, None]
-    angle = position / 10_000 ** (torch.arange(0, width, 2) / width)    # (frames, width / 2)
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)       # sine and cosine interleaved
+    angle = torch.arange(period)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)   # (period, width / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(device)    # sine and cosine interleaved
 
 
-def causal_bias(frames, period, heads):
-    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), -inf for j > i.
+def causal_bias(frames, period, heads, memory):
+    """What frame i may see of frame j, (heads, frames, frames): -slope_h * floor((i - j) / period), and -inf where j
+    is after i or `memory` frames before it or more [memory].
 
     The last period is seen as it is, each one before it a little fainter; the slopes 4^-(h+1) for h = 0, 1, ...
     give every head its own memory (FaceFormer, Fan et al. 2022, after Press et al. 2022).
@@ -604,7 +658,7 @@ def causal_bias(frames, period, heads):
     back = torch.arange(frames)[:, None] - torch.arange(frames)[None]   # i - j
     slope = 4.0 ** -torch.arange(1, heads + 1)
     bias = -slope[:, None, None] * torch.div(back, period, rounding_mode="floor")
-    return bias.masked_fill(back < 0, -math.inf)
+    return bias.masked_fill((back < 0) | (back >= memory), -math.inf)
 
 
 class DecoderLayer(nn.Module):
@@ -629,9 +683,6 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.feed_forward(x)))
 
 
-LONGEST_PREFIX = 600                # frames; the released code ends here, we go on with the last so many
-
-
 class CodeTalker(nn.Module):
     """Stage 2: an autoregressive transformer that asks the frozen codebook of stage 1 for the next frame."""
 
@@ -646,10 +697,12 @@ class CodeTalker(nn.Module):
         else:
             self.audio_encoder = AudioEncoder(config)
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
-        bound = math.sqrt(3 / config.width)                             # uniform, of variance 1 / d
-        self.style = nn.Parameter(torch.empty(config.styles, config.width).uniform_(-bound, bound))
+        self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.query = nn.Linear(config.width, features, bias=False)
+        answers = {"codes": features,                                   # the paper: a feature, then its nearest code
+                   "vertices": stage1.vertices * 3,                     # no codebook: motion itself, as FaceFormer
+                   "indices": stage1.slots * stage1.codes}              # a score for each code: classification
+        self.query = nn.Linear(config.width, answers[config.target], bias=False)
         nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
         self.dropout = nn.Dropout(config.dropout)
 
@@ -667,8 +720,15 @@ class CodeTalker(nn.Module):
         if not self.config.wav2vec2:
             return self.audio_encoder(sound, lengths).unsqueeze(2)      # (B, T, 1, d)
         k = self.config.audio_steps
-        features = [self.audio_encoder(wave, int(frames), k) for wave, frames in zip(sound, lengths)]
-        return self.audio_map(pad_sequence(features, batch_first=True)).unflatten(1, (-1, k))   # (B, T*k, d)
+
+        def hear(wave, frames):
+            def part(start, stop, _):
+                samples = wave[len(wave) * start // frames:len(wave) * stop // frames]
+                return self.audio_encoder(samples, stop - start, k).view(1, stop - start, -1)   # (1, T, k * width)
+            return in_pieces(part, frames)[0]
+
+        features = pad_sequence([hear(wave, int(n)) for wave, n in zip(sound, lengths)], batch_first=True)
+        return self.audio_map(features.unflatten(2, (k, -1)))           # (B, T, k * width) -> (B, T, k, d)
 
     def embed(self, past, style, first=0):
         """The transformer's input for frames first, first + 1, ...: history + style + periodic position.
@@ -680,25 +740,46 @@ class CodeTalker(nn.Module):
         x = self.history(past)                                          # [history]
         if first == 0:                                                  # [first]
             x = torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
-        position = periodic_positions(first, past.shape[1], self.config.period, self.config.width)
-        return self.dropout(x + (style @ self.style)[:, None] + position.to(x))
+        positions = periodic_positions(self.config.period, self.config.width, x.device)     # (period, d)
+        row = torch.arange(first, first + past.shape[1], device=x.device) % self.config.period
+        return self.dropout(x + (style @ self.style)[:, None] + positions[row])
 
     def answer(self, fed, style, audio):
         """What the transformer says to a whole history at once: fed (B, T, H*c or V*3), of which frame t sees what is
-        before it, style (B, K), audio (B, T, k, d) -> z_hat (B, T, H, c)."""
+        before it, style (B, K), audio (B, T, k, d) -> (B, T, H*c, V*3 or H*N), as config.target says."""
         x = self.embed(fed.roll(1, dims=1), style)                      # each frame's predecessor
-        bias = causal_bias(x.shape[1], self.config.period, self.config.heads).to(x.device)
+        bias = causal_bias(x.shape[1], self.config.period, self.config.heads, self.config.memory).to(x.device)
         for layer in self.layers:
             x = layer(x, audio, bias)
-        return self.query(x).unflatten(-1, (self.autoencoder.config.slots, -1))     # (B, T, H*c) -> (B, T, H, c)
+        return self.query(x)
+
+    def choose(self, answers, temperature=0.0):
+        """Answers (B, T, H*c or H*N) -> codes (B, T, H): the nearest to each feature, or by their scores, the best
+        (temperature 0) or one drawn at random, the better the likelier."""
+        answers = answers.float().unflatten(-1, (self.autoencoder.config.slots, -1))    # (B, T, H, c or N)
+        if self.config.target == "codes":
+            return self.autoencoder.quantiser.nearest(answers).view(answers.shape[:-1])
+        if temperature == 0:
+            return answers.argmax(-1)
+        return (answers / temperature).softmax(-1).flatten(0, 2).multinomial(1).view(answers.shape[:-1])
+
+    def feed_back(self, answers):
+        """Answers to whole sequences -> what the next frames are told of them, (B, T, H*c or V*3)."""
+        if self.config.target == "vertices":
+            return answers
+        codes = self.choose(answers)
+        if self.config.history == "codes":
+            return self.autoencoder.quantiser.codebook[codes].flatten(2)
+        return self.autoencoder.decode(codes)
 
     def forward(self, sound, style, codes, motion, lengths=None, own=0.0):
-        """All frames are answered at once, given a history; returns z_hat (B, T, H, c) and the losses.
+        """All frames are answered at once, given a history; returns the answers (B, T, ...) and the losses.
 
         sound as for `listen`, style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
         The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
         motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
+        Of the other targets: {"motion"}, MSE(M_hat, M), and {"index"}, the cross-entropy of the real codes.
         """
         batch, frames, _ = codes.shape
         quantiser = self.autoencoder.quantiser
@@ -707,47 +788,67 @@ class CodeTalker(nn.Module):
         target = quantiser.codebook[codes]                              # (B, T, H, c); frozen, so this is sg(z_q)
         fed = motion if self.config.history == "motion" else target.flatten(2)      # teacher forcing
         if own > 0:
-            assert self.config.history == "codes", "own answers can be fed back as codes only"
-            # The model's own history, all frames at once: what it says when told a history of random codes. Nothing
-            # of the truth leaks into it; the frame-by-frame history would take T passes instead of one.
+            # The model's own history, all frames at once: what it says when told a history of random codes (or the
+            # motion of the batch's previous sequence). Nothing of the truth leaks into it; the frame-by-frame history
+            # would take T passes instead of one.
             with torch.no_grad():
-                random_codes = torch.randint_like(codes, len(quantiser.codebook))
-                said = self.answer(quantiser.codebook[random_codes].flatten(2), style, audio)
-                said = quantiser.codebook[quantiser.nearest(said)].view_as(fed)             # (B, T, H*c)
+                strange = fed.roll(1, dims=0)
+                if self.config.history == "codes":
+                    strange = quantiser.codebook[torch.randint_like(codes, len(quantiser.codebook))].flatten(2)
+                said = self.feed_back(self.answer(strange, style, audio))
             is_own = torch.rand(codes.shape[:2], device=codes.device)[..., None] < own      # (B, T, 1)
             fed = torch.where(is_own, said, fed)
-        z_hat = self.answer(fed, style, audio)
+        answers = self.answer(fed, style, audio)
+        if self.config.target == "vertices":
+            return answers, {"motion": masked_mean((answers.float() - motion).square(), lengths)}
+        if self.config.target == "indices":
+            scores = answers.float().unflatten(-1, codes.shape[2:] + (-1,)).permute(0, 3, 1, 2)     # (B, N, T, H)
+            return answers, {"index": masked_mean(F.cross_entropy(scores, codes, reduction="none"), lengths)}
+        z_hat = answers.unflatten(-1, codes.shape[2:] + (-1,))          # (B, T, H*c) -> (B, T, H, c)
         z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
         error = self.autoencoder.decoder(z_q, lengths) - motion
-        return z_hat, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
+        return answers, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
                        "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
 
     @torch.no_grad()
-    def generate(self, sound, style, lengths=None):
+    def generate(self, sound, style, lengths=None, temperature=0.0, tell=lambda done, frames: None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
-        sequence changes nothing before its end.
+        sequence changes nothing before its end. Of the last `memory` frames keys and values are kept, so that a frame
+        costs the same however long the sequence is.
 
-        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H).
+        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). temperature: as for `choose`. tell:
+        hears how many frames are done.
         """
         assert not self.training, "generation is for evaluation: call model.eval() first"
-        quantiser, slots = self.autoencoder.quantiser, self.autoencoder.config.slots
+        codebook, config = self.autoencoder.quantiser.codebook, self.autoencoder.config
         audio = self.listen(sound, lengths)                             # (B, T, k, d)
         batch, frames, device = len(audio), audio.shape[1], audio.device
-        bias = causal_bias(frames, self.config.period, self.config.heads).to(device)
-        caches = [{} for _ in self.layers]                              # keys and values of the frames so far
+        memory = min(frames, self.config.memory)
+        bias = causal_bias(memory, self.config.period, self.config.heads, memory)[:, -1:].to(device)    # the last row
+        caches, felt = [{} for _ in self.layers], {}    # of the frames so far: keys and values; what the decoder felt
         past = torch.zeros(batch, 1, self.history.in_features, device=device)
-        codes = torch.empty(batch, frames, slots, dtype=torch.long, device=device)
+        codes = torch.empty(batch, frames, config.slots, dtype=torch.long, device=device)
+        motion = None
+        if self.config.target == "vertices":
+            motion = torch.empty(batch, frames, config.vertices * 3, device=device)
         for t in range(frames):
             x = self.embed(past, style, first=t)                        # (B, 1, d)
             for layer, cache in zip(self.layers, caches):
-                x = layer(x, audio[:, t:t + 1], bias[:, t:t + 1, :t + 1], cache)
-            z_hat = self.query(x).view(batch, slots, -1)                # (B, H, c)
-            codes[:, t] = quantiser.nearest(z_hat).view(batch, slots)
-            if self.config.history == "codes":
-                past = quantiser.codebook[codes[:, t]].flatten(1)[:, None]                  # (B, 1, H*c)
-            else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
-                past = self.autoencoder.decode(codes[:, max(0, t + 1 - LONGEST_PREFIX):t + 1], last=True)
-        return self.autoencoder.decode(codes, lengths), codes
+                x = layer(x, audio[:, t:t + 1], bias[..., -t - 1:], cache)
+            answers = self.query(x)                                     # (B, 1, H*c, V*3 or H*N)
+            if self.config.target == "vertices":
+                motion[:, t:t + 1] = past = answers
+            else:
+                codes[:, t:t + 1] = self.choose(answers, temperature)
+                if self.config.history == "codes":
+                    past = codebook[codes[:, t:t + 1]].flatten(2)       # (B, 1, H*c)
+                else:   # The prefix is decoded anew for each frame, since its last frame depends on all of it.
+                    prefix = codebook[codes[:, max(0, t + 1 - memory):t + 1]]
+                    past = self.autoencoder.decoder(prefix, cache=felt)
+            tell(t + 1, frames)
+        if motion is None:
+            return self.autoencoder.decode(codes, lengths), codes
+        return motion, self.autoencoder.encode(motion, lengths)         # the codes that stage 1 would see in it
 
 
 # ================================================================================================== checkpoints
@@ -1003,7 +1104,7 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
             weights["style"] = weights["style"] + weights["history.bias"]
             weights["history.bias"] = torch.zeros(width)
         config = ARConfig(styles, period, width, count(weights, r"layers\.(\d+)"), heads[1], motion_weight=1.0,
-                          history="motion", audio_steps=2 if has_linear else 1,
+                          history="motion", memory=600, audio_steps=2 if has_linear else 1,
                           wav2vec2=sizes_of_wav2vec2(audio, heads[2]))
         return build(lambda: CodeTalker(config, MotionAutoencoder(stage1_config)), weights
                      | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}

@@ -1510,6 +1510,21 @@ def correlation(a, b):
     return float((a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12))
 
 
+def distribution_distance(made, true):
+    """How far the generated motion is, as a distribution, from the real: 0 if every pose and every speed is as frequent.
+
+    For each coordinate the Wasserstein distance between its values in all generated and in all real frames (of as many
+    samples on both sides: the mean difference of the sorted values), over its real spread; mean over coordinates, and
+    over positions and speeds. It asks how often, never when: a brow may rise at another word, but must rise; a mean of
+    many faces is far off, and so is a jitter. made, true: lists of (T, V, 3), pairwise of the same length -> float.
+    """
+    distances = []
+    for part in (lambda motion: motion, lambda motion: np.diff(motion, axis=0)):
+        a, b = (np.sort(np.concatenate([part(motion) for motion in side]), axis=0) for side in (made, true))
+        distances.append(np.abs(a - b).mean() / b.std(0).mean())
+    return float(np.mean(distances))
+
+
 def perplexity(counts):
     """exp(entropy) of code counts (N,): the number of codes in equal use that would be as varied."""
     share = counts[counts > 0] / counts.sum()
@@ -1527,10 +1542,11 @@ def score(data, clips, made, codes, code_count):
         lve_root            square root of lve (mm)
         fdd, fdd_abs        mean over clips, signed (a clip too lively makes up for a dull one) and absolute
         energy, upper_energy  generated over real; below 1 the face is dull
+        upper_distance      distribution_distance of the upper faces
         codes_used, perplexity
     """
     to_unit = (data.millimetres or 1.0) ** 2
-    rows, errors, swapped, residual, total = [], [], [], 0.0, 0.0
+    rows, errors, swapped, uppers, residual, total = [], [], [], [], 0.0, 0.0
     faces = [data.vertices(motion, clip.subject) for clip, motion in zip(clips, made)]
     for i, clip in enumerate(clips):
         template = data.templates[clip.subject].reshape(1, -1, 3)
@@ -1538,6 +1554,7 @@ def score(data, clips, made, codes, code_count):
         residual += np.square(faces[i] - true).sum(dtype=np.float64)
         total += np.square(true - true.mean(0)).sum(dtype=np.float64)
         errors.append(lip_vertex_errors(faces[i], true, data.lips))
+        uppers.append([(face - template)[:, data.upper_face] for face in (faces[i], true)])
         rows.append({"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
                      "energy": (energy(faces[i]), energy(true)),
                      "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
@@ -1552,6 +1569,7 @@ def score(data, clips, made, codes, code_count):
     for name, frames in (("lve", errors), ("lve_swapped", swapped or [[np.nan]])):
         figures[name] = float(to_unit * np.concatenate(frames).mean(dtype=np.float64))
     figures["lve_root"] = figures["lve"] ** 0.5
+    figures["upper_distance"] = distribution_distance(*zip(*uppers))
     for name in ("gap_correlation", "fdd"):
         figures[name] = float(np.mean([row[name] for row in rows]))
     figures["fdd_abs"] = float(np.mean([abs(row["fdd"]) for row in rows]))

@@ -56,6 +56,7 @@ FIGURES = {"lve": ("LVE: largest squared lip distance, mean over frames", "mm2")
            "fdd": ("FDD: upper-face dynamics, real - made, signed", "mm2"), "fdd_abs": ("FDD, absolute", "mm2"),
            "gap_correlation": ("lip-gap correlation", "of 1"), "r2": ("variance explained", "of 1"),
            "energy": ("energy of motion, made / real", ""), "upper_energy": ("the same, upper face", ""),
+           "upper_distance": ("distance of upper-face distributions", "of 1 std"),
            "codes_used": ("codes in use", "codes"), "perplexity": ("perplexity of the codes", "codes")}
 STILLS = {"rest": "SIL", "closed": "M B P", "open": "AA AE AO", "rounded": "UW OW W", "lip to teeth": "F V",
           "spread": "IY EY"}        # what the mouth does, in which phones
@@ -103,7 +104,12 @@ def main(args):
     # 2. speak
     start = time.time()
     sound = batch_of_sounds([prepare(torch.from_numpy(audio), data.fps, frames, model.config)], model.config, device)
-    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device))
+
+    def tell(done, frames):                     # where it takes longer than a few seconds
+        if time.time() - start > 3:
+            progress("frames", done, frames, start)
+
+    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device), tell)
     made, codes = finite(data.vertices(motion[0].cpu(), subject), "what the model made"), codes[0].cpu().numpy()
     print(f"{frames / data.fps:.1f} s of speech in {time.time() - start:.1f} s on {device}, "
           f"{subject}'s face, style {said}")

@@ -35,6 +35,11 @@ parser.add_argument("--window", type=positive, default=80, help="frames in a tra
 parser.add_argument("--rate", type=between(1e-9, 1), default=2e-3, help="learning rate, first (default: %(default)s)")
 parser.add_argument("--halve-every", type=positive, default=270,
                     help="steps after which the rate halves (default: %(default)s)")
+parser.add_argument("--target", choices=["codes", "vertices", "indices"], default="codes",
+                    help="what the transformer answers: a feature whose nearest code is taken (the paper), the vertices "
+                         "themselves (no codebook), or a score for every code (default: %(default)s)")
+parser.add_argument("--history", choices=["codes", "motion"], default=None,
+                    help="what is fed back to it (default: codes; with --target vertices the motion)")
 parser.add_argument("--own", type=between(0, 1), default=0.85,
                     help="share of the history that is the model's own answers, 0 to 1 (default: %(default)s)")
 parser.add_argument("--eval-every", type=positive, default=450, help="steps between evaluations (default: %(default)s)")
@@ -71,7 +76,12 @@ def main(args):
                                  "pytorch_model.bin or model.safetensors of facebook/wav2vec2-base-960h")
             wav2vec2, ears = import_wav2vec2(args.wav2vec2)
             sizes = sizes | {"wav2vec2": wav2vec2}
+        sizes = sizes | {"target": args.target}
+        if args.history or args.target == "vertices":
+            sizes["history"] = args.history or "motion"
         config = ARConfig(styles=len(data.subjects), period=round(data.fps), **sizes)
+        if (config.target, config.history) == ("vertices", "codes"):
+            raise ValueError("--target vertices has no codes to feed back: --history motion expected, found codes")
         if config.audio_steps == 2 and data.fps != 25:
             raise ValueError(f"preset {args.preset} hears two steps of 20 ms a frame: 25 frames per second expected, "
                              f"found {data.fps:g}; --preset vocaset takes any")
@@ -89,7 +99,7 @@ def main(args):
 
     # The codes of all real motion; they never change any more.
     with torch.no_grad():
-        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0].cpu()
+        codes = {clip.name: autoencoder.encode(data.motion(clip)[None].to(device))[0]
                  for clip in data.splits["train"]}
 
     writable(out, make=True)
@@ -126,8 +136,8 @@ def main(args):
         evaluates = step % args.eval_every == 0 or step == args.steps
         if step % args.log_every == 0 or evaluates:
             rows.append({"step": step} | {name: loss.item() for name, loss in losses.items()})
-            print(f"step {step:5d}  motion {losses['motion']:.4f}  feature {losses['feature']:.4f}  "
-                  f"{clock(start, step - first, args.steps - first)}", flush=True)
+            print(f"step {step:5d}  " + "".join(f"{name} {loss:.4f}  " for name, loss in losses.items())
+                  + clock(start, step - first, args.steps - first), flush=True)
 
         # 5. evaluate free-running on unseen sentences, keep the best, save
         if evaluates:
@@ -153,7 +163,7 @@ def main(args):
 
     model, _ = load(out / "best.pt", "ar", device)
     figures = evaluate_generation(model, data, "test")
-    write_figures(out, rows, figures, args, ("motion", "feature"))
+    write_figures(out, rows, figures, args, rows[-1].keys() & {"motion", "feature", "index"})
     print(f"test split, free-running  lip gap r {figures['gap_correlation']:.3f}  LVE {figures['lve']:.4g}  "
           f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  "
           f"-> {out}/best.pt ({time.time() - start:.0f} s)")

@@ -28,8 +28,12 @@ def stage1(**changes):
     return model.eval()
 
 
-def stage2(**changes):
-    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, mel_bands=6, audio_layers=2)
+TARGETS = ["codes", "vertices", "indices"]
+
+
+def stage2(target="codes", **changes):
+    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, memory=10, mel_bands=6, audio_layers=2, target=target,
+                         history="motion" if target == "vertices" else "codes")
     model = ct.CodeTalker(config, stage1(**changes))
     nn.init.normal_(model.query.weight)             # it starts from zero, which would say the same in every frame
     return model.eval()
@@ -73,11 +77,14 @@ def test_attention_is_torch_multihead_attention():
     close(ours(x, source, bias), oracle(x, source, source, attn_mask=bias.flatten(0, 1))[0])
 
 
-def test_attention_frame_by_frame_with_a_cache_is_attention_at_once():
-    attention, x, cache = ct.Attention(16, 4), torch.randn(2, 6, 16), {}
-    bias = ct.causal_bias(6, 2, 4)
-    steps = [attention(x[:, t:t + 1], bias=bias[:, t:t + 1, :t + 1], cache=cache) for t in range(6)]
-    close(torch.cat(steps, 1), attention(x, bias=bias))
+def test_attention_frame_by_frame_with_a_cache_is_attention_at_once_and_the_cache_stays_small():
+    attention, x, cache = ct.Attention(16, 4), torch.randn(2, 12, 16), {}
+    row, steps, kept = ct.causal_bias(5, 2, 4, 5)[:, -1:], [], []
+    for t in range(12):
+        steps.append(attention(x[:, t:t + 1], bias=row[..., -t - 1:], cache=cache))
+        kept.append(cache["seen"].shape[-2])
+    close(torch.cat(steps, 1), attention(x, bias=ct.causal_bias(12, 2, 4, 5)))
+    assert kept == [1, 2, 3, 4] + [5] * 8
 
 
 def test_instance_norm_is_torch_instance_norm_on_the_real_frames():
@@ -154,14 +161,18 @@ def test_start_from_leaves_codes_that_the_encoder_says():
     assert torch.cdist(model.quantiser.codebook, said).min(1).values.max() < 0.2 * said.std()
 
 
+@pytest.mark.parametrize("piece, lengths", [(600, [9, 4, 1]), (5, [9, 7, 4])])
 @pytest.mark.parametrize("instance_norm", [False, True])
-def test_a_batch_with_lengths_equals_single_sequences(instance_norm):
+def test_a_batch_with_lengths_equals_single_sequences(instance_norm, piece, lengths, monkeypatch):
+    monkeypatch.setattr(ct, "PIECE", piece)
+    monkeypatch.setattr(ct, "OVERLAP", 2)
     model = stage2(instance_norm=instance_norm)
     mel, style, motion = speech()
-    codes = model.autoencoder.encode(motion, LENGTHS)
-    decoded = model.autoencoder.decode(codes, LENGTHS)
-    made, chosen = model.generate(mel, style, LENGTHS)
-    for row, length in enumerate(LENGTHS):
+    lengths = torch.tensor(lengths)
+    codes = model.autoencoder.encode(motion, lengths)
+    decoded = model.autoencoder.decode(codes, lengths)
+    made, chosen = model.generate(mel, style, lengths)
+    for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         alone = model.autoencoder.encode(motion[one, :length])
         assert torch.equal(alone[0], codes[row, :length])
@@ -169,6 +180,37 @@ def test_a_batch_with_lengths_equals_single_sequences(instance_norm):
         motion_alone, codes_alone = model.generate(mel[one, :length * STEPS], style[one])
         assert torch.equal(codes_alone[0], chosen[row, :length])
         close(motion_alone[0], made[row, :length])
+
+
+def test_pieces_fade_into_each_other_by_hand(monkeypatch):
+    """Ten frames in pieces of six over two: 0-5 and 4-9. Of frame 4 a third is the second's, of frame 5 two thirds."""
+    monkeypatch.setattr(ct, "PIECE", 6)
+    monkeypatch.setattr(ct, "OVERLAP", 2)
+    asked = []
+
+    def make(start, stop, _):
+        asked.append((start, stop))
+        return torch.full((1, stop - start, 1), float(start))
+
+    close(ct.in_pieces(make, 10)[0, :, 0], torch.tensor([0, 0, 0, 0, 4 / 3, 8 / 3, 4, 4, 4, 4]))
+    ct.in_pieces(make, 6)
+    ct.in_pieces(make, 11)
+    assert asked == [(0, 6), (4, 10), (0, 6), (0, 6), (4, 10), (8, 11)]
+
+
+@torch.no_grad()
+def test_seams_of_a_long_decode_cannot_be_seen():
+    """A slow movement with a drift, which InstanceNorm shifts differently in each piece: the worst case there is.
+    Near the seams its acceleration is no larger than elsewhere; pieces put end to end would jump."""
+    model, time = stage1(instance_norm=True), torch.arange(1600)[:, None]
+    model.quantiser.codebook.data = torch.linspace(-1, 1, 4000)[:, None] * torch.randn(4)      # fine steps on a line
+    codes = (2000 + 1300 * torch.sin(time / 40 + torch.arange(4)) + time / 4).round().long()[None]
+    acceleration = model.decode(codes)[0].diff(n=2, dim=0).abs().amax(1)
+    near = torch.zeros(1598).bool()
+    near[538:600] = near[1078:1140] = True
+    assert acceleration[near].max() <= acceleration[~near].max()
+    hard = torch.cat([model.decode(codes[:, start:start + 540]) for start in (0, 540, 1080)], 1)[0]
+    assert hard.diff(n=2, dim=0).abs().amax(1)[[539, 1079]].min() > 3 * acceleration[~near].max()
 
 
 # -------------------------------------------------------------------------------------------------------------- audio
@@ -216,22 +258,21 @@ def test_log_mel_ignores_gain_and_a_constant_filter():
 
 
 def test_periodic_positions_by_loop():
-    table = ct.periodic_positions(2, 9, 5, 6)
-    for row, t in enumerate(range(2, 11)):
+    table = ct.periodic_positions(5, 6)
+    for t in range(5):
         for i in range(3):
-            angle = (t % 5) / 10_000 ** (2 * i / 6)
-            assert table[row, [2 * i, 2 * i + 1]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
-    assert torch.equal(table[:4], table[5:])
+            angle = t / 10_000 ** (2 * i / 6)
+            assert table[t, [2 * i, 2 * i + 1]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-6)
 
 
 def test_causal_bias_by_loop():
     """FaceFormer, equation 5, with ALiBi's slopes 2^(-8 h / heads), h = 1 .. heads; for four heads 1/4, 1/16 ..."""
-    bias = ct.causal_bias(11, 4, 4)
+    bias = ct.causal_bias(11, 4, 4, 9)
     for head in range(4):
         slope = 2 ** (-8 * (head + 1) / 4)
         for i in range(11):
             for j in range(11):
-                assert bias[head, i, j].item() == (-slope * ((i - j) // 4) if j <= i else -math.inf)
+                assert bias[head, i, j].item() == (-slope * ((i - j) // 4) if 0 <= i - j < 9 else -math.inf)
 
 
 def test_cross_attention_is_the_paper_s_aligned_mask():
@@ -244,7 +285,7 @@ def test_cross_attention_is_the_paper_s_aligned_mask():
                                                   (cross.value, audio.flatten(1, 2)))]
     oracle = cross.out(F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2))
     close(cross(x.unsqueeze(2), audio).squeeze(2), oracle)
-    bias = ct.causal_bias(6, 4, 2)
+    bias = ct.causal_bias(6, 4, 2, 6)
     changed = audio.clone()
     changed[:, 4] += 1
     moved = (layer(x, changed, bias) - layer(x, audio, bias)).abs().amax((0, 2)) > 1e-6
@@ -257,21 +298,34 @@ def test_the_future_does_not_leak():
     audio = model.audio_encoder(mel).unsqueeze(2)
     fed = torch.randn(3, 9, model.history.in_features)
     other = torch.cat([fed[:, :5], fed[:, 5:] + 1], 1)
-    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2, 3)) > 1e-5
+    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [False] * 6 + [True] * 3
 
 
-def test_generate_equals_asking_the_whole_prefix_again():
+def test_generate_equals_asking_the_whole_prefix_again_and_asking_all_at_once():
+    """With keys and values kept, without, and teacher-forced with what was said; four times as long as the memory."""
     model, (mel, style, _) = stage2(), speech(frames=40)
     made, codes = model.generate(mel, style)
     audio = model.audio_encoder(mel).unsqueeze(2)
     said = torch.zeros(3, 40, 4, dtype=torch.long)
     for t in range(40):
         fed = model.autoencoder.quantiser.codebook[said[:, :t + 1]].flatten(2)
-        z_hat = model.answer(fed, style, audio[:, :t + 1])[:, t]
+        z_hat = model.answer(fed, style, audio[:, :t + 1])[:, t].unflatten(-1, (4, 4))
         said[:, t] = torch.cdist(z_hat.flatten(0, 1), model.autoencoder.quantiser.codebook).argmin(1).view(3, 4)
     assert torch.equal(codes, said) and len(codes.unique()) > 4
     close(made, model.autoencoder.decode(said))
+    forced = model.answer(model.autoencoder.quantiser.codebook[codes].flatten(2), style, audio)
+    assert torch.equal(model.choose(forced), codes)
+
+
+def test_what_is_beyond_the_memory_is_forgotten():
+    """Two layers reach back twice: frame 20 to frame 20 - 2 * 9 = 2, which is fed what frame 1 was; frame 21 not."""
+    model, (mel, style, _) = stage2(), speech(frames=30)
+    audio, fed = model.audio_encoder(mel).unsqueeze(2), torch.randn(3, 30, model.history.in_features)
+    other = fed.clone()
+    other[:, 1] += 1
+    moved = (model.answer(fed, style, audio) - model.answer(other, style, audio)).abs().amax((0, 2)) > 1e-6
+    assert moved[2:21].all() and not moved[21:].any() and not moved[:2].any()
 
 
 def test_the_first_frame_is_fed_style_alone():
@@ -280,7 +334,7 @@ def test_the_first_frame_is_fed_style_alone():
     fed = model.embed(past, torch.eye(3))
     close(fed[:, 0], model.style + torch.tensor([0., 1]).repeat(8))
     close(fed[:, 5:], model.embed(past[:, 5:], torch.eye(3), first=5))
-    close(fed[:, 2] - model.style - ct.periodic_positions(2, 1, 4, 16), model.history(past[:, 2]))
+    close(fed[:, 6] - model.style - ct.periodic_positions(4, 16)[2], model.history(past[:, 6]))
 
 
 def test_styles_mix_linearly():
@@ -294,6 +348,7 @@ def test_stage2_losses_over_real_frames_by_hand():
     model, (mel, style, motion) = stage2(), speech()
     codes = model.autoencoder.encode(motion, LENGTHS)
     z_hat, losses = model(mel, style, codes, motion, LENGTHS)
+    z_hat = z_hat.unflatten(-1, (4, 4))
     book = model.autoencoder.quantiser.codebook
     chosen = torch.cdist(z_hat.flatten(0, 2), book).argmin(1).view(codes.shape)
     made = model.autoencoder.decode(chosen, LENGTHS)
@@ -303,15 +358,58 @@ def test_stage2_losses_over_real_frames_by_hand():
         assert losses[name].item() == pytest.approx(weight * real.square().mean().item(), rel=1e-4)
 
 
-def test_a_history_of_its_own_holds_nothing_of_the_truth():
-    model, (mel, style, motion) = stage2(), speech()
-    codes = model.autoencoder.encode(motion)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_history_of_its_own_holds_nothing_of_the_truth(target):
+    """It is what the model says to a strange history: random codes, or the motion of sequence 1 for sequence 2."""
+    model, (mel, style, motion) = stage2(target=target), speech()
+    other = torch.cat([motion[:1], motion[1:2] + 1, motion[2:]])
     answers = []
-    for truth in (codes, (codes + 1) % 32):
+    for truth in (motion, other):
         torch.manual_seed(1)
-        answers.append([model(mel, style, truth, motion, own=own)[0] for own in (0.0, 1.0)])
-    assert not torch.allclose(answers[0][0], answers[1][0])
-    assert torch.equal(answers[0][1], answers[1][1])
+        codes = model.autoencoder.encode(truth)
+        answers.append([model(mel, style, codes, truth, own=own)[0] for own in (0.0, 1.0)])
+    moved = [(a - b).abs().amax((1, 2)) > 1e-6 for a, b in zip(*answers)]
+    assert moved[0].tolist() == [False, True, False]                    # teacher forcing
+    assert moved[1].tolist() == [False, False, target == "vertices"]    # its own answers
+
+
+@pytest.mark.parametrize("target", ["vertices", "indices"])
+def test_other_targets_generate_what_they_answer_to_their_own_history(target):
+    model, (mel, style, _) = stage2(target=target), speech()
+    made, codes = model.generate(mel, style)
+    fed = made if target == "vertices" else model.autoencoder.quantiser.codebook[codes].flatten(2)
+    answers = model.answer(fed, style, model.audio_encoder(mel).unsqueeze(2))
+    if target == "vertices":
+        close(answers, made)
+    else:
+        assert torch.equal(answers.view(3, 9, 4, 32).argmax(-1), codes) and len(codes.unique()) > 4
+    close(model.feed_back(answers), fed)
+
+
+@pytest.mark.parametrize("target", ["vertices", "indices"])
+def test_losses_of_the_other_targets_by_hand(target):
+    model, (mel, style, motion) = stage2(target=target), speech()
+    codes = model.autoencoder.encode(motion, LENGTHS)
+    answers, losses = model(mel, style, codes, motion, LENGTHS)
+    by_hand, answers = [], answers.detach()
+    for row, length in enumerate(LENGTHS):
+        for frame in range(length):
+            if target == "vertices":
+                by_hand += (answers[row, frame] - motion[row, frame]).square().tolist()
+            else:
+                by_hand += [-math.log(scores.softmax(0)[code]) for scores, code in
+                            zip(answers[row, frame].view(4, 32), codes[row, frame])]
+    assert [loss.item() for loss in losses.values()] == pytest.approx([np.mean(by_hand)], rel=1e-4)
+
+
+def test_a_temperature_draws_codes_as_often_as_their_scores_say():
+    model = stage2(target="indices")
+    scores = torch.randn(1, 1, 4, 32)
+    drawn = model.choose(scores.expand(2000, 5, 4, 32).flatten(2), temperature=0.7)
+    for slot in range(4):
+        often = drawn[..., slot].flatten().bincount(minlength=32) / 10_000
+        close(often, (scores[0, 0, slot] / 0.7).softmax(0), 0.025)
+    assert torch.equal(model.choose(scores.flatten(2)), scores.argmax(-1))
 
 
 def test_training_moves_stage2_and_leaves_stage1():
@@ -474,19 +572,20 @@ def test_motion_as_history_equals_decoding_and_asking_everything_again():
     fed = torch.zeros(1, 0, 15)
     for t in range(13):
         z_hat = model.answer(torch.cat([fed, torch.zeros(1, 1, 15)], 1), style, audio[:, :t + 1])
-        said = torch.cdist(z_hat.flatten(0, 2), model.autoencoder.quantiser.codebook).argmin(1).view(1, t + 1, 4)
+        z_hat = z_hat.unflatten(-1, (4, 4)).flatten(0, 2)
+        said = torch.cdist(z_hat, model.autoencoder.quantiser.codebook).argmin(1).view(1, t + 1, 4)
         fed = torch.cat([fed, model.autoencoder.decode(said)[:, -1:]], 1)
     assert torch.equal(codes, said) and len(said.unique()) > 4
     close(made, model.autoencoder.decode(said))
 
 
 @torch.no_grad()
-def test_motion_as_history_remembers_a_window_beyond_the_longest_prefix(monkeypatch):
+def test_motion_as_history_remembers_a_window():
     model, wave, style = paper(), torch.randn(9000), torch.eye(3)[:1]
     exact = model.generate([wave], style, torch.tensor([13]))[1]
-    monkeypatch.setattr(ct, "LONGEST_PREFIX", 6)
+    model.config.memory = 6
     windowed = model.generate([wave], style, torch.tensor([13]))[1]
-    assert torch.equal(exact[:, :7], windowed[:, :7])           # frame 6 is fed frame 5, whose prefix is 6 long
+    assert torch.equal(exact[:, :6], windowed[:, :6])
     assert not torch.equal(exact, windowed)
 
 
@@ -496,6 +595,18 @@ def test_waveforms_of_a_batch_are_heard_alone():
     audio = model.listen(waves, frames)
     assert audio.shape == (2, 13, 2, 16)
     close(audio[1:, :7], model.listen(waves[1:], frames[1:]))
+
+
+def test_a_long_waveform_is_heard_in_pieces_and_learnt_from(monkeypatch):
+    """13 frames in pieces of 8 over 4: 0-7, 4-11, 8-12; what only the first holds is as if it had been heard alone."""
+    monkeypatch.setattr(ct, "PIECE", 8)
+    monkeypatch.setattr(ct, "OVERLAP", 4)
+    model, wave = paper(), torch.randn(13 * 640)
+    heard = model.listen([wave], [13])
+    close(heard[:, :4], model.listen([wave[:8 * 640]], [8])[:, :4])
+    close(heard[:, 12:], model.listen([wave[8 * 640:]], [5])[:, 4:])
+    heard.square().sum().backward()
+    assert model.audio_encoder.project.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("samples", [1, 399, 400, 719, 720, 35200])

@@ -17,6 +17,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 from scipy.spatial import cKDTree
+from scipy.stats import wasserstein_distance
 
 import data
 import infer
@@ -87,6 +88,21 @@ def test_correlation_is_pearsons():
     a, b = RNG(0).normal(size=(2, 20))
     assert data.correlation(a, 3 * a + b) == pytest.approx(np.corrcoef(a, 3 * a + b)[0, 1])
     assert data.correlation(a, np.ones(20)) == 0
+
+
+def test_distribution_distance_is_scipy_s_and_asks_how_often_not_when():
+    """Later by a while costs little, half the size half of the distance of a still face."""
+    true, made = ([RNG(seed).normal(size=(length, 2, 3)) for length in (30, 50)] for seed in (0, 1))
+    expected = []
+    for part in (np.asarray, lambda motion: np.diff(motion, axis=0)):
+        a, b = (np.concatenate([part(motion) for motion in side]).reshape(-1, 6) for side in (made, true))
+        between = [wasserstein_distance(a[:, i], b[:, i]) for i in range(6)]
+        expected.append(np.mean(between) / np.mean([b[:, i].std() for i in range(6)]))
+    assert data.distribution_distance(made, true) == pytest.approx(np.mean(expected))
+    assert data.distribution_distance(true, true) == 0
+    blink = [np.exp(-0.5 * ((np.arange(100) - middle) / 4) ** 2)[:, None, None] for middle in (30, 60, 60)]
+    late, dull, still = (data.distribution_distance([x], blink[:1]) for x in (blink[1], blink[2] / 2, 0 * blink[2]))
+    assert late < 1e-3 and dull == pytest.approx(still / 2, abs=1e-3) and still > 0.4
 
 
 def test_perplexity_by_hand():
