@@ -90,6 +90,9 @@ def main(args):
     if data.triangles is None and out.suffix not in (".html", ".npy"):
         raise ValueError(f"{out.suffix} needs triangles, {data.folder} has none: use .html or .npy")
 
+    if not model.config.wav2vec2:               # a small model's frames are too little work to share; beside another
+        torch.set_num_threads(1)                # program two threads would spend their time waiting for each other
+
     # 1. what is said, in whose style, with whose face
     clip = None if args.wav else data.splits["test"][0]
     audio = read_wav(args.wav or data.wav(clip))
