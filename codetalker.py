@@ -697,7 +697,8 @@ class CodeTalker(nn.Module):
         else:
             self.audio_encoder = AudioEncoder(config)
         self.history = nn.Linear(features if config.history == "codes" else stage1.vertices * 3, config.width)
-        self.style = nn.Parameter(torch.randn(config.styles, config.width) / math.sqrt(config.width))
+        style = torch.randn(config.styles, config.width)                # on "meta", a division takes PyTorch seconds
+        self.style = nn.Parameter(style if style.is_meta else style / math.sqrt(config.width))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         answers = {"codes": features,                                   # the paper: a feature, then its nearest code
                    "vertices": stage1.vertices * 3,                     # no codebook: motion itself, as FaceFormer
@@ -913,8 +914,9 @@ def check_config(config, weights):
     """Raise ValueError for a field of a wrong type, a size below 1, a negative share, more layers than weights."""
     types = {field.name: field.type for field in fields(config)}
     for name, value in [*asdict(config).items(), *(getattr(config, "wav2vec2", None) or {}).items()]:
-        least, most = type(value) is int, len(weights) if name.endswith("layers") else 2 ** 31
-        if not isinstance(value, types.get(name, int)) or types.get(name) in (int, float) and not least <= value <= most:
+        kind = types.get(name, int)                         # the sizes of wav2vec 2.0 are whole numbers as well
+        least, most = int(kind is int), len(weights) if name.endswith("layers") else 2 ** 31
+        if not isinstance(value, kind) or kind in (int, float) and not least <= value <= most:
             raise ValueError(f"{name} is {value}")
 
 

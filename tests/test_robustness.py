@@ -216,7 +216,8 @@ FOLDERS = {
     "a pickle as npy": (motion(pickle.dumps(np.ones((40, 36)))), f"{CLIP}.*not a readable npy"),
     "text as npy": (motion(b"1 2 3"), f"{CLIP}.*not a readable npy"), "an empty npy": (motion(b""), CLIP),
     "no templates": (at("templates.pkl", None), "templates.pkl"), "empty templates": (templates({}), "nothing in it"),
-    "templates as a list": (templates([POINTS]), "found a list"), "no dictionary": (templates(POINTS), "found a ndarray"),
+    "templates as a list": (templates([POINTS]), "found a list"),
+    "no dictionary": (templates(POINTS), "found a ndarray"),
     "a subject's missing": (templates({"ada": POINTS}), "no template of 'ben'"),
     "a template of NaN": (templates({"ada": POINTS, "ben": POINTS + np.nan}), "ben.*NaN"),
     "a template of text": (templates({"ada": POINTS, "ben": "none"}), "ben.*found str"),
@@ -230,18 +231,23 @@ FOLDERS = {
     "a pickle with part 2 ** 31": (at("templates.pkl", b"]r" + b"\xff\xff\xff\x7f."), "found a list|nothing"),
     "no vertices": (lambda folder: shutil.rmtree(folder / "vertices_npy"), "vertices_npy"),
     "no sound": (lambda folder: shutil.rmtree(folder / "wav"), "no clip with both"),
-    "json cut short": (at("dataset.json", b"{"), "dataset.json"), "json list": (at("dataset.json", b"[1]"), "an object"),
-    "json of nothing": (at("dataset.json", b""), "dataset.json"), "latin-1": (at("dataset.json", b'{"\xe4": 1}'), "utf-8"),
+    "json cut short": (at("dataset.json", b"{"), "dataset.json"), "json list": (at("dataset.json", b"[1]"),
+    "an object"),
+    "json of nothing": (at("dataset.json", b""), "dataset.json"),
+    "latin-1": (at("dataset.json", b'{"\xe4": 1}'), "utf-8"),
     "deep json": (at("dataset.json", b"[" * 100_000), "dataset.json.*recursion"),
-    "splits as list": (told(splits=["ada"]), "an object"), "splits of numbers": (told(splits={"train": [1]}), "an object"),
-    "splits of nothing": (told(splits={"train": None}), "an object"), "splits of lists": (told(splits={"train": [[]]}), "an obj"),
+    "splits as list": (told(splits=["ada"]), "an object"),
+    "splits of numbers": (told(splits={"train": [1]}), "an object"),
+    "splits of nothing": (told(splits={"train": None}), "an object"),
+    "splits of lists": (told(splits={"train": [[]]}), "an obj"),
     "no validation": (told(splits={"train": ["ada_sentence01"]}), "no clip in the split 'val'"),
     "unknown clips": (told(splits={"train": ["eve"], "val": ["eve"], "test": ["eve"]}), "split 'train'"),
     "0 fps": (told(fps=0), "fps between"), "fps NaN": (told(fps=float("nan")), "fps between"),
     "fps in words": (told(fps="fast"), "dataset.json.*fast"), "fps list": (told(fps=[30]), "dataset.json"),
     "lips beyond": (told(lips=[12]), "lips.*0 to 11"), "lips below": (told(lips=[-1]), "lips.*0 to 11"),
     "lips in words": (told(lips=["upper"]), "lips.*0 to 11"), "lips as number": (told(lips=7), "lips.*0 to 11"),
-    "lips vast": (told(lips=[10 ** 30]), "lips.*0 to 11"), "lips of lists": (told(lips=[[1], [2, 3]]), "lips.*0 to 11"),
+    "lips vast": (told(lips=[10 ** 30]), "lips.*0 to 11"),
+    "lips of lists": (told(lips=[[1], [2, 3]]), "lips.*0 to 11"),
     "forehead of fractions": (told(upper_face=[0.5]), "upper_face.*0 to 11"),
     "gap of three": (told(lip_gap=[1, 2, 3]), "lip_gap.*0 to 11"),
     "edges for triangles": (told(triangles=[[0, 1]]), "triangles.*0 to 11"),
@@ -299,7 +305,8 @@ CHECKPOINTS = {         # of stage 2, for infer.py
 
 FLAGS = [               # HERE is an empty folder, FILE a file
     ("infer.py --style nobody", "one of ada, ben expected, found 'nobody'"),
-    ("infer.py --style ada:nan", "a weight"), ("infer.py --style ada:inf", "a weight"), ("infer.py --style ada:1e39", "a weight"),
+    ("infer.py --style ada:nan", "a weight"), ("infer.py --style ada:inf", "a weight"),
+    ("infer.py --style ada:1e39", "a weight"),
     ("infer.py --style ada:-1", "a weight"), ("infer.py --style ada,,ben", "one of ada, ben expected, found ''"),
     ("infer.py --style ada:1:2", "a weight"), ("infer.py --subject nobody", "one of ada, ben expected"),
     ("infer.py --out talk", "an ending of"), ("infer.py --out talk.exe", "an ending of"),
@@ -309,18 +316,22 @@ FLAGS = [               # HERE is an empty folder, FILE a file
     ("infer.py --out /proc/talk.npy", "/proc: a folder to write into expected"),
     ("infer.py --wav no.wav", "no such file"), ("infer.py --wav HERE", "wav expected"),
     ("infer.py --wav bad\nname\x1b[2J.wav", "bad name"), ("infer.py --unknown", "unrecognized"),
-    ("infer.py --test --wav x.wav", "--test uses every test clip"), ("infer.py --test --out FILE", "folder to write into"),
-    ("train_vq.py --steps 0", "--steps: a whole number from 1 to"), ("train_vq.py --steps 1.5", "--steps: a whole number"),
+    ("infer.py --test --wav x.wav", "--test uses every test clip"),
+    ("infer.py --test --out FILE", "folder to write into"),
+    ("train_vq.py --steps 0", "--steps: a whole number from 1 to"),
+    ("train_vq.py --steps 1.5", "--steps: a whole number"),
     ("train_vq.py --steps many", "--steps: a whole number"), ("train_vq.py --batch 0", "from 1 to 4096"),
     ("train_vq.py --batch 1000000", "from 1 to 4096"), ("train_vq.py --window -3", "--window: a whole"),
     ("train_vq.py --rate 0", "--rate: a number from 1e-09 to 1"), ("train_vq.py --rate nan", "--rate: a number"),
     ("train_vq.py --rate inf", "--rate: a number"), ("train_vq.py --rate -1", "--rate: a number"),
     ("train_vq.py --seed -1", "--seed: a whole number from 0"), ("train_vq.py --seed 99999999999999999999", "--seed"),
-    ("train_vq.py --codes 0", "--codes: a whole number from 1 to 65536"), ("train_vq.py --codes 1000000000", "--codes"),
+    ("train_vq.py --codes 0", "--codes: a whole number from 1 to 65536"),
+    ("train_vq.py --codes 1000000000", "--codes"),
     ("train_vq.py --eval-every 0", "--eval-every"), ("train_vq.py --log-every 0", "--log-every"),
     ("train_vq.py --halve-every 0", "--halve-every"), ("train_vq.py --revive-every 0", "--revive-every"),
     ("train_vq.py --preset huge", "invalid choice"), ("train_vq.py --steps", "expected one argument"),
-    ("train_vq.py --out FILE", "a folder to write into expected"), ("train_vq.py --out /proc/run", "to write into expected"),
+    ("train_vq.py --out FILE", "a folder to write into expected"),
+    ("train_vq.py --out /proc/run", "to write into expected"),
     ("train_vq.py --resume", "no such checkpoint"), ("train_vq.py --data no", "no such folder"),
     ("train_ar.py --own 1.5", "--own: a number from 0 to 1"), ("train_ar.py --own nan", "--own: a number"),
     ("train_ar.py --rate 2", "--rate: a number"), ("train_ar.py --vq no.pt", "no such checkpoint"),
@@ -366,7 +377,8 @@ def refused(tiny, trained, elsewhere, capsys):
 def test_a_bad_wav_is_refused(refused, tiny, trained, tmp_path, name):
     content, said = WAVS[name]
     (tmp_path / "bad.wav").write_bytes(content)
-    refused(f"bad.wav: .*({said})", "infer.py", "--data", tiny, "--ar", trained / "ar/best.pt", "--wav", tmp_path / "bad.wav")
+    refused(f"bad.wav: .*({said})", "infer.py", "--data", tiny, "--ar", trained / "ar/best.pt",
+            "--wav", tmp_path / "bad.wav")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -402,7 +414,8 @@ def test_a_full_disk_leaves_no_part(refused, tiny, trained, ending):
     """No file may grow beyond 200 bytes, which a program learns as it learns that a disk is full."""
     if ending == "mp4" and not shutil.which("ffmpeg"):
         pytest.skip("no ffmpeg")
-    what, limit = ["--test"] if ending == "--test" else ["--out", f"talk.{ending}"], resource.getrlimit(resource.RLIMIT_FSIZE)
+    what = ["--test"] if ending == "--test" else ["--out", f"talk.{ending}"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
     try:
         refused("is the disk full|Errno", "infer.py", "--data", tiny, "--ar", trained / "ar/best.pt", *what)
@@ -471,7 +484,8 @@ def test_a_single_frame_becomes_any_of_the_endings(infer, tmp_path, elsewhere, e
 @pytest.mark.parametrize("colour", ["white", "duller", "brown"])
 def test_steady_noise_is_heard_as_a_pause_and_what_has_syllables_is_not(colour):
     noise = RNG(0).normal(size=48_000)
-    noise = {"white": noise, "duller": np.convolve(noise, np.ones(8), "same"), "brown": np.cumsum(noise - noise.mean())}[colour]
+    noise = {"white": noise, "duller": np.convolve(noise, np.ones(8), "same"),
+             "brown": np.cumsum(noise - noise.mean())}[colour]
     for sound in (noise, 1e-4 * noise, np.sin(np.pi * np.arange(48_000) / 160), np.zeros(48_000)):      # 50 Hz
         assert codetalker.log_mel(torch.from_numpy(sound), 30, 90, 64).mean() < -3.5    # the mean of speech is 0
     syllables = np.repeat(RNG(0).uniform(size=48) > 0.4, 1000)
@@ -614,8 +628,8 @@ def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
 
     def changed(value):
         """The same containers, in which something, anywhere, is something else or gone."""
-        junk = [None, True, -1, 0, 3, 10 ** 6, 10 ** 12, 10 ** 30, 0.5, float("nan"), float("inf"), "x", "", [], {}, [[]],
-                {"a": [1]}, ["ada_sentence01"] * 3]
+        junk = [None, True, -1, 0, 3, 10 ** 6, 10 ** 12, 10 ** 30, 0.5, float("nan"), float("inf"), "x", "",
+                [], {}, [[]], {"a": [1]}, ["ada_sentence01"] * 3]
         if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
             keys = list(value) if isinstance(value, dict) else range(len(value))
             value, key = value.copy(), rng.choice(keys)
@@ -677,15 +691,16 @@ def fuzz(folder, seed, wavs, npys, jsons, checkpoints):
         data.score(dataset, [clip], [dataset.motion(clip)], [[0]], 1)
 
     for _ in range(jsons):
-        text = json.dumps(changed(original))
-        (folder / "tiny" / "dataset.json").write_bytes(garbled(text.encode(), 999) if rng.random() < 0.5 else text.encode())
+        text = json.dumps(changed(original)).encode()
+        (folder / "tiny" / "dataset.json").write_bytes(garbled(text, 999) if rng.random() < 0.5 else text)
         attempt(understand)
     (folder / "tiny" / "dataset.json").write_text(json.dumps(original))
 
     # 4. checkpoints
     dataset, sizes = data.DataSet(folder / "tiny"), dict(width=8, layers=1, heads=2)
-    autoencoder = codetalker.MotionAutoencoder(codetalker.VQConfig(12, hidden=8, slots=2, code_width=4, codes=9, **sizes))
-    model = codetalker.CodeTalker(codetalker.ARConfig(len(dataset.subjects), mel_bands=8, audio_layers=1, **sizes), autoencoder)
+    stage1 = codetalker.VQConfig(12, hidden=8, slots=2, code_width=4, codes=9, **sizes)
+    stage2 = codetalker.ARConfig(len(dataset.subjects), mel_bands=8, audio_layers=1, **sizes)
+    model = codetalker.CodeTalker(stage2, codetalker.MotionAutoencoder(stage1))
     codetalker.save(folder / "x.pt", model, step=1, **dataset.identity())
     content, state = (folder / "x.pt").read_bytes(), torch.load(folder / "x.pt", weights_only=True)
 
@@ -787,7 +802,8 @@ def test_a_payload_in_a_data_set_does_not_run(refused, tiny, trained, tmp_path, 
     shutil.copytree(tiny, tmp_path / "evil")
     content = {"ada": Payload(tmp_path / "ran")}
     at(path, np.array([content], object) if path.endswith("npy") else pickle.dumps(content))(tmp_path / "evil")
-    for command in (["train_vq.py"], ["train_ar.py", "--vq", trained / "vq/best.pt"], ["infer.py", "--ar", trained / "ar/best.pt"]):
+    for command in (["train_vq.py"], ["train_ar.py", "--vq", trained / "vq/best.pt"],
+                    ["infer.py", "--ar", trained / "ar/best.pt"]):
         refused(path, *command, "--data", tmp_path / "evil")
     assert not (tmp_path / "ran").exists()
 
