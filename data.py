@@ -15,7 +15,6 @@ at its centre. Everything random comes from a seed: same seed, same bytes.
 import argparse
 import json
 import math
-import os
 import pickle
 import re
 import shutil

@@ -49,8 +49,8 @@ parser.add_argument("--resume", action="store_true", help="go on from last.pt in
 
 # The paper's schedule where a preset asks for it: 100 epochs of 320 (VOCASET) or 192 (BIWI) sentences, one whole
 # sentence a step, always the same rate, the truth as history. Flags that are given have the last word.
-SCHEDULES = {"lite": {}, "vocaset": dict(steps=32_000), "biwi": dict(steps=19_200)}
 PAPER = dict(batch=1, window=100_000, rate=1e-4, halve_every=32_000, own=0.0, eval_every=3_200, log_every=100)
+SCHEDULES = {"lite": {}, "vocaset": PAPER | dict(steps=32_000), "biwi": PAPER | dict(steps=19_200)}
 
 
 def main(args):
@@ -172,5 +172,5 @@ def main(args):
 if __name__ == "__main__":
     with cannot():
         preset = parser.parse_known_args()[0].preset
-        parser.set_defaults(**(PAPER if preset != "lite" else {}), **SCHEDULES[preset])
+        parser.set_defaults(**SCHEDULES[preset])
         main(parser.parse_args())

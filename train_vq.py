@@ -38,9 +38,9 @@ parser.add_argument("--resume", action="store_true", help="go on from last.pt in
 
 # The paper's schedule where a preset asks for it: 200 epochs of 320 (VOCASET) or 192 (BIWI) sentences, one whole
 # sentence a step, the rate halved every 20 epochs (VOCASET) or never. Flags that are given have the last word.
-SCHEDULES = {"lite": {}, "vocaset": dict(steps=64_000, halve_every=6_400),
-             "biwi": dict(steps=38_400, halve_every=38_400)}
 PAPER = dict(batch=1, window=100_000, rate=1e-4, eval_every=3_200, log_every=100)
+SCHEDULES = {"lite": {}, "vocaset": PAPER | dict(steps=64_000, halve_every=6_400),
+             "biwi": PAPER | dict(steps=38_400, halve_every=38_400)}
 
 
 def main(args):
@@ -132,5 +132,5 @@ def main(args):
 if __name__ == "__main__":
     with cannot():
         preset = parser.parse_known_args()[0].preset
-        parser.set_defaults(**(PAPER if preset != "lite" else {}), **SCHEDULES[preset])
+        parser.set_defaults(**SCHEDULES[preset])
         main(parser.parse_args())

@@ -24,7 +24,7 @@ import torch
 from scipy.io import wavfile
 from scipy.spatial import ConvexHull
 
-from conftest import ROOT, browse
+from conftest import browse
 from test_commands import elsewhere, run, same     # noqa: F401 (elsewhere is a fixture)
 
 import codetalker
