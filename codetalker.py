@@ -35,8 +35,8 @@ the published models: with them [history], [memory], [own], [start], [norm], [lo
                 depend on all later frames, which a causal transformer cannot know, and a face at rest is magnified.
     [loss]      stage 1 adds the squared error to the paper's L1. L1 alone settles on the median, and the median of a
                 muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it. Stage 2
-                weighs its motion loss by 1/10: ours is in units of the motion's own size, the paper's in metres,
-                where it hardly counts beside the feature loss.
+                weighs its motion loss by 1/10, and decodes one sequence in four for it: ours is in units of the
+                motion's own size, the paper's in metres, where it hardly counts beside the feature loss.
     [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one;
                 the importer puts the rest into the query's weights.
     [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch
@@ -96,18 +96,22 @@ class ARConfig:
     heads: int = 4
     dropout: float = 0.1
     mel_bands: int = 64
-    motion_weight: float = 0.1      # [loss] of the motion loss; the paper: 1
+    squared: bool = False           # [loss] of the feature: cross-entropy of its distances; the paper: True
+    motion_weight: float = 2.0      # [loss] of the motion loss; the paper: 1
+    motion_every: int = 4           # [loss] one sequence in so many is decoded for it; the paper: 1, each
     audio_layers: int = 4           # residual convolutions at frame rate; each doubles the reach of the last
     target: str = "codes"           # what is asked of the transformer: "codes", "vertices" or "indices"
     history: str = "codes"          # [history] what is fed back; the paper: "motion"
     memory: int = 90                # [memory] frames that a frame looks back on, itself included; the paper: 600
     wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
     audio_steps: int = 1            # k, audio steps that a frame attends to; BIWI 2
+    temperature: float = 1.0        # [chance] of the draw among codes; the paper: 0, always the nearest
 
 
 WAV2VEC2_BASE = {"convs": 512, "width": 768, "layers": 12, "heads": 12, "hidden": 3072}
 _PAPER1 = dict(width=1024, layers=6, heads=8, hidden=1536, instance_norm=True, squared=False)
-_PAPER2 = dict(width=1024, motion_weight=1.0, history="motion", memory=600, wav2vec2=WAV2VEC2_BASE)
+_PAPER2 = dict(width=1024, squared=True, motion_weight=1.0, motion_every=1, history="motion", memory=600,
+               wav2vec2=WAV2VEC2_BASE, temperature=0.0)
 PRESETS = {                         # fields of VQConfig, fields of ARConfig
     "lite": ({}, {}),
     "vocaset": (dict(slots=16, code_width=64, **_PAPER1), dict(layers=6, **_PAPER2)),
@@ -705,6 +709,9 @@ class CodeTalker(nn.Module):
                    "indices": stage1.slots * stage1.codes}              # a score for each code: classification
         self.query = nn.Linear(config.width, answers[config.target], bias=False)
         nn.init.zeros_(self.query.weight)                               # as in the paper: start from nothing to say
+        self.spread = None                                              # [chance] the logarithm of s^2 in `scores`
+        if config.target == "codes" and not config.squared:
+            self.spread = nn.Parameter((autoencoder.quantiser.codebook.detach().var() / 4).log())
         self.dropout = nn.Dropout(config.dropout)
 
     def train(self, mode=True):
@@ -754,15 +761,28 @@ class CodeTalker(nn.Module):
             x = layer(x, audio, bias)
         return self.query(x)
 
+    def scores(self, answers):
+        """Answers (B, T, H*c or H*N) -> how likely each code is, (B, T, H, N): the logarithm, up to a constant.
+
+        An answer z_hat stands for a cloud of features around it: p(e) ~ exp(-||z_hat - e||^2 / (2 s^2)). The likeliest
+        code is the nearest, which is the paper's query; s, which is learned, says how sure the answer is.
+        """
+        with torch.autocast(answers.device.type, enabled=False):
+            answers = answers.float().unflatten(-1, (self.autoencoder.config.slots, -1))    # (B, T, H, c or N)
+            if self.config.target == "indices":
+                return answers
+            # -||z - e||^2 / (2 s^2) = z.e / s^2 - ||e||^2 / (2 s^2), but for ||z||^2, which is the same for all codes
+            variance = 1.0 if self.spread is None else self.spread.exp()
+            codebook = self.autoencoder.quantiser.codebook
+            return F.linear(answers / variance, codebook, -codebook.square().sum(1) / (2 * variance))
+
     def choose(self, answers, temperature=0.0):
-        """Answers (B, T, H*c or H*N) -> codes (B, T, H): the nearest to each feature, or by their scores, the best
-        (temperature 0) or one drawn at random, the better the likelier."""
-        answers = answers.float().unflatten(-1, (self.autoencoder.config.slots, -1))    # (B, T, H, c or N)
-        if self.config.target == "codes":
-            return self.autoencoder.quantiser.nearest(answers).view(answers.shape[:-1])
+        """Answers (B, T, H*c or H*N) -> codes (B, T, H): at temperature 0 the likeliest; above it they are drawn at
+        random, the likelier the oftener, at 1 as often as in the training data [chance]."""
+        scores = self.scores(answers)
         if temperature == 0:
-            return answers.argmax(-1)
-        return (answers / temperature).softmax(-1).flatten(0, 2).multinomial(1).view(answers.shape[:-1])
+            return scores.argmax(-1)
+        return (scores / temperature).softmax(-1).flatten(0, 2).multinomial(1).view(scores.shape[:-1])
 
     def feed_back(self, answers):
         """Answers to whole sequences -> what the next frames are told of them, (B, T, H*c or V*3)."""
@@ -779,8 +799,8 @@ class CodeTalker(nn.Module):
         sound as for `listen`, style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
         The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
-        motion_weight * MSE(M_hat, M) + MSE(z_hat, sg(z_q of the real motion)).
-        Of the other targets: {"motion"}, MSE(M_hat, M), and {"index"}, the cross-entropy of the real codes.
+        motion_weight * MSE(M_hat, M) + cross-entropy of the real codes given `scores`  [loss]; the paper's second is
+        MSE(z_hat, sg(z_q of the real motion)). Of the other targets: {"motion"} or {"feature"} alone.
         """
         batch, frames, _ = codes.shape
         quantiser = self.autoencoder.quantiser
@@ -802,26 +822,32 @@ class CodeTalker(nn.Module):
         answers = self.answer(fed, style, audio)
         if self.config.target == "vertices":
             return answers, {"motion": masked_mean((answers.float() - motion).square(), lengths)}
-        if self.config.target == "indices":
-            scores = answers.float().unflatten(-1, codes.shape[2:] + (-1,)).permute(0, 3, 1, 2)     # (B, N, T, H)
-            return answers, {"index": masked_mean(F.cross_entropy(scores, codes, reduction="none"), lengths)}
-        z_hat = answers.unflatten(-1, codes.shape[2:] + (-1,))          # (B, T, H*c) -> (B, T, H, c)
-        z_q, _, _ = quantiser(z_hat)                                    # nearest code, straight-through
-        error = self.autoencoder.decoder(z_q, lengths) - motion
-        return answers, {"motion": self.config.motion_weight * masked_mean(error.square(), lengths),      # [loss]
-                       "feature": masked_mean((z_hat.float() - target).square().flatten(2), lengths)}
+        if self.config.squared:                                         # [loss]
+            feature = (answers.float() - target.flatten(2)).square()    # (B, T, H*c)
+        else:
+            scores = self.scores(answers).flatten(0, 2)                 # (B*T*H, N)
+            feature = F.cross_entropy(scores, codes.flatten(), reduction="none").view_as(codes)
+        losses = {"feature": masked_mean(feature, lengths)}
+        if self.config.target == "codes":
+            some = slice(None, None, self.config.motion_every)          # decoding is half of the work  [loss]
+            within = None if lengths is None else lengths[some]
+            z_q, _, _ = quantiser(answers[some].unflatten(-1, codes.shape[2:] + (-1,)))     # nearest, straight-through
+            error = self.autoencoder.decoder(z_q, within) - motion[some]
+            losses["motion"] = self.config.motion_weight * masked_mean(error.square(), within)
+        return answers, losses
 
     @torch.no_grad()
-    def generate(self, sound, style, lengths=None, temperature=0.0, tell=lambda done, frames: None):
+    def generate(self, sound, style, lengths=None, temperature=None, tell=lambda done, frames: None):
         """Free running: each frame is asked from the codes chosen before it. Causal, so padding behind a
         sequence changes nothing before its end. Of the last `memory` frames keys and values are kept, so that a frame
         costs the same however long the sequence is.
 
-        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). temperature: as for `choose`. tell:
-        hears how many frames are done.
+        sound as for `listen`, style (B, K) -> motion (B, T, V*3), codes (B, T, H). temperature: as for `choose`
+        (None: config.temperature). tell: hears how many frames are done.
         """
         assert not self.training, "generation is for evaluation: call model.eval() first"
         codebook, config = self.autoencoder.quantiser.codebook, self.autoencoder.config
+        temperature = self.config.temperature if temperature is None else temperature
         audio = self.listen(sound, lengths)                             # (B, T, k, d)
         batch, frames, device = len(audio), audio.shape[1], audio.device
         memory = min(frames, self.config.memory)
@@ -1105,9 +1131,9 @@ def import_released(stage1, stage2, heads=(8, 4, None), trains=False):
         if trains:                                                      # [first] the bias moves into every style
             weights["style"] = weights["style"] + weights["history.bias"]
             weights["history.bias"] = torch.zeros(width)
-        config = ARConfig(styles, period, width, count(weights, r"layers\.(\d+)"), heads[1], motion_weight=1.0,
-                          history="motion", memory=600, audio_steps=2 if has_linear else 1,
-                          wav2vec2=sizes_of_wav2vec2(audio, heads[2]))
+        config = ARConfig(styles, **_PAPER2 | dict(period=period, width=width, heads=heads[1],
+                          layers=count(weights, r"layers\.(\d+)"), audio_steps=2 if has_linear else 1,
+                          wav2vec2=sizes_of_wav2vec2(audio, heads[2])))
         return build(lambda: CodeTalker(config, MotionAutoencoder(stage1_config)), weights
                      | {f"audio_encoder.{name}": tensor for name, tensor in audio.items()}
                      | {f"autoencoder.{name}": tensor for name, tensor in autoencoder.state_dict().items()})

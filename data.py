@@ -247,10 +247,14 @@ def schedule(words, speaker, rng):
     if unknown:
         raise ValueError(f"words not in LEXICON: {sorted(unknown)}; add them there with their phones")
     emphasised = rng.integers(len(words))
-    plan = [("SIL", rng.uniform(0.2, 0.4), 0)]  # (phone, seconds, stress)
+
+    def silence(low, high):                     # one in ten is a long one: what a face does while nobody speaks
+        return "SIL", rng.uniform(low, high) + (rng.random() < 0.1) * rng.uniform(1, 4), 0
+
+    plan = [silence(0.2, 0.4)]                  # (phone, seconds, stress)
     for index, word in enumerate(words):
         if word == ",":
-            plan.append(("SIL", rng.uniform(0.15, 0.45), 0))
+            plan.append(silence(0.15, 0.45))
             continue
         phones = PRONUNCIATION[word]
         last_vowel = max(i for i, phone in enumerate(phones) if phone.rstrip("1") in VOWELS)
@@ -262,7 +266,7 @@ def schedule(words, speaker, rng):
                 share *= rng.uniform(1.2, 1.6)
             seconds = PHONES[phone][COLUMN["ms"]] / 1000 * share * vary(rng, 0.18) / speaker.rate
             plan.append((phone, max(seconds, 0.025), stress))
-    plan.append(("SIL", rng.uniform(0.2, 0.4), 0))
+    plan.append(silence(0.2, 0.4))
     ends = np.cumsum([seconds for _, seconds, _ in plan])
     segments = [(float(end - seconds), float(end), phone) for end, (phone, seconds, _) in zip(ends, plan)]
     accents = [((start + end) / 2, stress) for (start, end, _), (*_, stress) in zip(segments, plan) if stress]
@@ -777,7 +781,8 @@ def upper_face(segments, accents, times, style, rng):
     """
     motions = np.zeros((len(times), 7))
     blink_left, blink_right, brow_left, brow_right, frown, squint, cheek = motions.T     # views, filled below
-    pauses = [(start + end) / 2 for start, end, phone in segments if phone == "SIL" and rng.random() < 0.7]
+    pauses = [start + min(0.3, (end - start) / 2) for start, end, phone in segments
+              if phone == "SIL" and rng.random() < 0.7]
     strays = rng.uniform(0, times[-1], rng.poisson(style.blinks * times[-1] / 60))
     for moment in np.concatenate([pauses, strays]):
         phase = (times - moment - rng.normal(0, 0.05)) / rng.uniform(0.9, 1.2)
@@ -1591,18 +1596,22 @@ def evaluate_reconstruction(model, data, split):
     return score(data, clips, made, codes, model.config.codes)
 
 
-def evaluate_generation(model, data, split, every_style=False):
+def evaluate_generation(model, data, split, every_style=False, take=0):
     """Stage 2, free-running, on whole clips of a split: score() of what the model makes of their audio alone.
 
     A seen subject moves in its own style. A stranger has none: it is given one of the training styles, or with
-    every_style each of them in turn, and the figures are averaged (the paper's protocol).
+    every_style each of them in turn, and the figures are averaged (the paper's protocol). take: seed of the codes
+    that are drawn; the same in every evaluation, and training goes on with the chance it had.
     """
     clips, results, start = data.splits[split], [], time.time()
     strangers = sorted({clip.subject for clip in clips} - set(data.subjects))
     turns = len(data.subjects) if every_style and strangers else 1
     for turn in range(turns):
         borrowed = {name: data.subjects[(i + turn) % len(data.subjects)] for i, name in enumerate(strangers)}
-        made, codes = generate_clips(model, data, clips, [borrowed.get(clip.subject, clip.subject) for clip in clips])
+        with torch.random.fork_rng():
+            torch.manual_seed(take + turn)
+            styles = [borrowed.get(clip.subject, clip.subject) for clip in clips]
+            made, codes = generate_clips(model, data, clips, styles)
         results.append(score(data, clips, made, codes, model.autoencoder.config.codes))
         if every_style:
             progress("styles tried", turn + 1, turns, start)

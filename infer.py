@@ -34,7 +34,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from codetalker import SAMPLE_RATE, frames_in, import_released, load, prepare, whole
-from data import (CommandLine, batch_of_sounds, cannot, evaluate_generation, finite, generate_clips, open_data,
+from data import (CommandLine, batch_of_sounds, between, cannot, evaluate_generation, finite, generate_clips, open_data,
                   progress, read_wav, writable, write_json)
 
 parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,6 +42,11 @@ parser.add_argument("--wav", help="speech, PCM or float (default: the first test
 parser.add_argument("--style", help="way of speaking: a training subject or a weighted mix, ada:0.3,ben:0.7 "
                                     "(default: the clip's own, or the first trained on)")
 parser.add_argument("--subject", help="whose face is moved (default: the clip's; with --wav the style's first)")
+parser.add_argument("--take", type=between(0, 2 ** 32, int), default=0,
+                    help="another number, another face for the same words: the seed of the draw (default: 0)")
+parser.add_argument("--temperature", type=between(0, 2),
+                    help="how freely codes are drawn: 0 always takes the likeliest, 1 draws as often as in training "
+                         "(default: the model's, 1 or, of the published models, 0)")
 parser.add_argument("--ar", default="runs/ar/best.pt", help="checkpoint of stage 2 (default: %(default)s)")
 parser.add_argument("--released", nargs=2, metavar=("STAGE1", "STAGE2"),
                     help="the authors' checkpoints of both stages instead of --ar")
@@ -74,7 +79,7 @@ def main(args):
             raise ValueError(f"--out {out}: a file expected, found a folder")
         if out.suffix == ".mp4" and not shutil.which("ffmpeg"):
             raise ValueError("mp4 needs ffmpeg on the PATH: install it, or use --out talk.html")
-    torch.manual_seed(0)                        # compress() is randomised: same input, same page
+    torch.manual_seed(args.take)                # the draw of codes, and compress(): same input, same page
     if args.released:
         faces_only = args.wav is not None and args.data is not None and not Path(args.data, "vertices_npy").is_dir()
         model, data = import_released(*args.released).to(device), open_data(args.data, faces_only)
@@ -85,8 +90,14 @@ def main(args):
         model, state = load(args.ar, "ar", device)
         data = open_data(args.data)
     data.check(state)
+    if args.temperature is not None:
+        if args.temperature > 0 and model.config.target != "indices" and model.spread is None:
+            raise ValueError("--temperature: 0 expected, since this model does not know how likely other answers are; "
+                             f"found {args.temperature:g}")
+        model.config.temperature = args.temperature
     if args.test:
-        return test(model, data, Path(args.released[1] if args.released else args.ar).parent, args.out and Path(args.out))
+        folder = Path(args.released[1] if args.released else args.ar).parent
+        return test(model, data, folder, args.out and Path(args.out), args.take)
     if data.triangles is None and out.suffix not in (".html", ".npy"):
         raise ValueError(f"{out.suffix} needs triangles, {data.folder} has none: use .html or .npy")
 
@@ -112,7 +123,7 @@ def main(args):
         if time.time() - start > 3:
             progress("frames", done, frames, start)
 
-    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device), tell)
+    motion, codes = model.generate(sound, style[None].to(device), torch.tensor([frames], device=device), tell=tell)
     made, codes = finite(data.vertices(motion[0].cpu(), subject), "what the model made"), codes[0].cpu().numpy()
     print(f"{frames / data.fps:.1f} s of speech in {time.time() - start:.1f} s on {device}, "
           f"{subject}'s face, style {said}")
@@ -141,7 +152,7 @@ def main(args):
     print(f"{name}: {size:.2f} MB in {time.time() - start:.1f} s")
 
 
-def test(model, data, folder, out):
+def test(model, data, folder, out, take):
     """Evaluate on each split that is a test: a table, test.json into `folder`, each motion into `out` if not None."""
     start, figures, written = time.time(), {}, 0
     writable(folder)
@@ -150,7 +161,7 @@ def test(model, data, folder, out):
     for split in (name for name in data.splits if name.startswith("test")):
         clips = data.splits[split]
         strangers = sorted({clip.subject for clip in clips} - set(data.subjects))
-        figures[split] = evaluate_generation(model, data, split, every_style=True)
+        figures[split] = evaluate_generation(model, data, split, every_style=True, take=take)
         frames, vertices = sum(clip.frames for clip in clips), data.channels // 3
         print(f"{split}: {len(clips)} clips, {frames} frames, {vertices} vertices ({len(data.lips)} lip, "
               f"{len(data.upper_face)} upper-face), {len(data.subjects)} styles")

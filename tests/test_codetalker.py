@@ -31,9 +31,10 @@ def stage1(**changes):
 TARGETS = ["codes", "vertices", "indices"]
 
 
-def stage2(target="codes", **changes):
+def stage2(target="codes", squared=False, **changes):
+    """It answers with what is likeliest, as long as a test does not ask for chance."""
     config = ct.ARConfig(styles=3, period=4, width=16, heads=2, memory=10, mel_bands=6, audio_layers=2, target=target,
-                         history="motion" if target == "vertices" else "codes")
+                         history="motion" if target == "vertices" else "codes", squared=squared, temperature=0.0)
     model = ct.CodeTalker(config, stage1(**changes))
     nn.init.normal_(model.query.weight)             # it starts from zero, which would say the same in every frame
     return model.eval()
@@ -343,19 +344,26 @@ def test_styles_mix_linearly():
     close(model.embed(past, 0.3 * a + 0.7 * b), 0.3 * model.embed(past, a) + 0.7 * model.embed(past, b))
 
 
-def test_stage2_losses_over_real_frames_by_hand():
-    """Squared errors of the motion decoded from the nearest codes, and of the answers against the true codes."""
-    model, (mel, style, motion) = stage2(), speech()
-    codes = model.autoencoder.encode(motion, LENGTHS)
-    z_hat, losses = model(mel, style, codes, motion, LENGTHS)
-    z_hat = z_hat.unflatten(-1, (4, 4))
-    book = model.autoencoder.quantiser.codebook
-    chosen = torch.cdist(z_hat.flatten(0, 2), book).argmin(1).view(codes.shape)
-    made = model.autoencoder.decode(chosen, LENGTHS)
-    for name, weight, error in (("motion", model.config.motion_weight, made - motion),
-                                ("feature", 1, (z_hat - book[codes]).flatten(2))):
-        real = torch.cat([error[row, :length].flatten() for row, length in enumerate(LENGTHS)])
-        assert losses[name].item() == pytest.approx(weight * real.square().mean().item(), rel=1e-4)
+@pytest.mark.parametrize("squared", [False, True])
+def test_stage2_losses_over_real_frames_by_hand(squared):
+    """The squared error of the motion decoded from the nearest codes, of every fourth sequence; of all answers the
+    squared error against the true codes or the cross-entropy of Gaussians around the answers."""
+    model, (mel, style, motion) = stage2(squared=squared), speech(batch=6)
+    lengths, style = LENGTHS.repeat(2), torch.eye(3).repeat(2, 1)
+    if not squared:
+        nn.init.constant_(model.spread, math.log(0.5))
+    codes = model.autoencoder.encode(motion, lengths)
+    answers, losses = model(mel, style, codes, motion, lengths)
+    answers, book = answers.detach().unflatten(-1, (4, 4)), model.autoencoder.quantiser.codebook
+    distance = torch.cdist(answers, book).double()                      # (6, 9, 4, 32)
+    made = model.autoencoder.decode(distance.argmin(-1), lengths)
+    density = (-distance.square() / (2 * 0.5)).exp()
+    likely = (density / density.sum(-1, keepdim=True)).gather(-1, codes[..., None])
+    feature = (answers - book[codes]).square().flatten(2) if squared else -likely.log().flatten(2)
+    for name, weight, error, rows in (("motion", model.config.motion_weight, (made - motion).square(), (0, 4)),
+                                      ("feature", 1, feature, range(6))):
+        real = torch.cat([error[row, :lengths[row]].flatten() for row in rows])
+        assert losses[name].item() == pytest.approx(weight * real.mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -402,14 +410,33 @@ def test_losses_of_the_other_targets_by_hand(target):
     assert [loss.item() for loss in losses.values()] == pytest.approx([np.mean(by_hand)], rel=1e-4)
 
 
-def test_a_temperature_draws_codes_as_often_as_their_scores_say():
-    model = stage2(target="indices")
-    scores = torch.randn(1, 1, 4, 32)
-    drawn = model.choose(scores.expand(2000, 5, 4, 32).flatten(2), temperature=0.7)
+@pytest.mark.parametrize("target", ["codes", "indices"])
+def test_a_temperature_draws_codes_as_often_as_their_scores_say(target):
+    model = stage2(target=target)
+    answers = torch.randn(1, 1, 4, 4 if target == "codes" else 32)
+    scores, book = answers, model.autoencoder.quantiser.codebook
+    if target == "codes":
+        nn.init.constant_(model.spread, math.log(0.2))
+        scores = torch.stack([-(answers - code).square().sum(-1) / (2 * 0.2) for code in book], -1)
+    drawn = model.choose(answers.expand(2000, 5, -1, -1).flatten(2), temperature=0.7)
     for slot in range(4):
         often = drawn[..., slot].flatten().bincount(minlength=32) / 10_000
         close(often, (scores[0, 0, slot] / 0.7).softmax(0), 0.025)
-    assert torch.equal(model.choose(scores.flatten(2)), scores.argmax(-1))
+    assert torch.equal(model.choose(answers.flatten(2)), scores.argmax(-1))
+
+
+def test_generation_draws_at_the_model_s_temperature_and_the_seed_decides():
+    model, (mel, style, _) = stage2(), speech()
+    nn.init.constant_(model.spread, 1.0)
+
+    def codes(seed, **temperature):
+        torch.manual_seed(seed)
+        return model.generate(mel, style, **temperature)[1]
+
+    assert torch.equal(codes(1), codes(2))                              # 0, as stage2() says
+    model.config.temperature = 1.0
+    assert torch.equal(codes(1), codes(1)) and not torch.equal(codes(1), codes(2))
+    assert torch.equal(codes(1, temperature=0.0), codes(2, temperature=0.0))
 
 
 def test_training_moves_stage2_and_leaves_stage1():
@@ -557,7 +584,8 @@ def test_a_file_without_weights_is_refused_in_one_line(tmp_path, name, content):
 def paper():
     """A toy of the published model: waveforms, motion as history, InstanceNorm."""
     wav2vec2 = {"convs": 8, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
-    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, history="motion", wav2vec2=wav2vec2, audio_steps=2)
+    config = ct.ARConfig(styles=3, period=4, width=16, heads=2, history="motion", wav2vec2=wav2vec2, audio_steps=2,
+                         squared=True, temperature=0.0)
     model = ct.CodeTalker(config, stage1(instance_norm=True))
     nn.init.normal_(model.query.weight)
     return model.eval()
