@@ -20,7 +20,7 @@ torch.set_num_threads(1)            # these models are too small to share
 def pytest_addoption(parser):
     from data import between
     parser.addoption("--impl", metavar="FILE", help="the student's file that test_exercises.py judges")
-    parser.addoption("--seed", type=between(0, 2 ** 31, int), default=0, help="of all inputs of test_exercises.py")
+    parser.addoption("--seed", type=between(0, 10 ** 6, int), default=0, help="of all inputs of test_exercises.py")
 
 
 def pytest_configure(config):

@@ -39,9 +39,10 @@ def normal(rng, *shape, scale=1.0):
 
 
 def gradients(scalar, **tensors):
-    """d(scalar) / d(tensor); zeros where it does not depend on the tensor."""
-    found = torch.autograd.grad(scalar, list(tensors.values()), allow_unused=True, materialize_grads=True)
-    return {f"gradient_of_{name}": gradient for name, gradient in zip(tensors, found)}
+    """d(scalar) / d(tensor), zeros where it does not depend on the tensor: {"gradient of NAME": numbers}."""
+    scalar = scalar + 0 * sum(tensor.sum() for tensor in tensors.values())
+    found = torch.autograd.grad(scalar, list(tensors.values()))
+    return {f"gradient of {name}": gradient for name, gradient in zip(tensors, found)}
 
 
 def small_model(code, rng, frames):
@@ -52,6 +53,7 @@ def small_model(code, rng, frames):
     model = code.CodeTalker(stage2, code.MotionAutoencoder(stage1)).eval()
     nn.init.normal_(model.autoencoder.quantiser.codebook)
     nn.init.normal_(model.query.weight)
+    nn.init.normal_(model.autoencoder.decoder.leave.weight)
     return (model, normal(rng, 2, frames, 16), torch.eye(3)[rng.permutation(3)[:2]], normal(rng, 2, frames, 1, 16),
             normal(rng, 2, frames, 15))
 
@@ -66,7 +68,8 @@ def ask_log_mel(code, rng):
 def ask_nearest(code, rng):
     quantiser = code.Quantiser(12, 3, beta=0.25)
     quantiser.codebook.data = normal(rng, 12, 3) * torch.linspace(0.3, 2, 12)[:, None]
-    return {"indices": quantiser.nearest(normal(rng, 2, 10, 4, 3))}
+    indices = quantiser.nearest(normal(rng, 2, 10, 4, 3))
+    return {"indices": indices, "vectors": quantiser.codebook[indices]}
 
 
 def ask_straight_through(code, rng):
@@ -79,12 +82,12 @@ def ask_vq_loss(code, rng):
     z_e, z_q, beta = normal(rng, 2, 5, 2, 3).requires_grad_(), normal(rng, 2, 5, 2, 3).requires_grad_(), rng.uniform(2, 3)
     padded = code.vq_loss(z_e, z_q, beta, torch.tensor([5, int(rng.integers(1, 5))]))
     loss = code.vq_loss(z_e, z_q, beta)
-    return {"loss": loss} | gradients(loss, z_e=z_e, z_q=z_q) | {"loss_of_padded_sequences": padded}
+    return {"loss": loss} | gradients(loss, z_e=z_e, z_q=z_q) | {"loss of padded sequences": padded}
 
 
 def ask_perplexity(code, rng):
     counts = rng.integers(1, 100, 30)
-    return {"all_codes_in_use": code.perplexity(counts), "some_codes_unused": code.perplexity(counts * (counts > 40))}
+    return {"all codes in use": code.perplexity(counts), "some codes unused": code.perplexity(counts * (counts > 40))}
 
 
 def ask_periodic_positions(code, rng):
@@ -96,7 +99,7 @@ def ask_causal_bias(code, rng):
     frames, period, heads = int(rng.integers(12, 20)), int(rng.integers(2, 5)), int(rng.integers(2, 5))
     memory = int(rng.integers(6, 10))
     bias = code.causal_bias(frames, period, heads, memory)
-    return {"what_is_hidden": torch.isinf(bias), "bias": bias}
+    return {"what is hidden": torch.isinf(bias), "bias": bias}
 
 
 def ask_decoder_layer(code, rng):
@@ -106,22 +109,21 @@ def ask_decoder_layer(code, rng):
     bias = normal(rng, 2, 6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
     cache = {}
     by_one = [layer(x[:, t:t + 1], audio[:, t:t + 1], torch.zeros(2, 1, t + 1), cache) for t in range(3)]
-    return {"all_frames_at_once": layer(x, audio, bias), "frame_by_frame_with_a_cache": torch.cat(by_one, 1)}
+    return {"all frames at once": layer(x, audio, bias), "frame by frame with a cache": torch.cat(by_one, 1)}
 
 
 def ask_code_losses(code, rng):
     model, answers, _, _, motion = small_model(code, rng, 6)
     codes, lengths = torch.from_numpy(rng.integers(0, 16, (2, 6, 4))), torch.tensor([6, int(rng.integers(1, 6))])
     losses = model.code_losses(answers.requires_grad_(), codes, motion, lengths)
-    gradient = gradients(losses["motion"], the_answers=answers)
-    return {name: losses[name] for name in ("feature", "motion")} | {"motion_" + name: gradient[name] for name in gradient}
+    return {"feature": losses["feature"], "motion": losses["motion"]} | gradients(losses["motion"], answers=answers)
 
 
 def ask_step(code, rng):
     model, past, style, audio, _ = small_model(code, rng, 9)
     bias, caches = normal(rng, 2, 1, 5), [{} for _ in model.layers]
     steps = [model.step(t, past[:, t:t + 1], style, audio[:, t:t + 1], bias, caches) for t in range(9)]
-    return {"frame_0": steps[0], "frames_1_to_4": torch.cat(steps[1:5], 1), "frames_beyond_the_memory": torch.cat(steps[5:], 1)}
+    return {"frame 0": steps[0], "frames 1 to 4": torch.cat(steps[1:5], 1), "frames beyond the memory": torch.cat(steps[5:], 1)}
 
 
 def ask_lip_vertex_errors(code, rng):
@@ -146,32 +148,33 @@ TASKS = [
     Task("log_mel", 4, ask_log_mel, {
         "bands": "window around (s + 1/2) / (4 fps) seconds, Hann, |FFT|^2, bank, floor, log10, less speech_level"}),
     Task("Quantiser.nearest", 2, ask_nearest, {
-        "indices": "the smallest squared distance wins; long codes count too; one index a row, as in z.flatten(0, -2)"}),
+        "indices": "the smallest squared distance wins; long codes count too; one index a row, as in z.flatten(0, -2)",
+        "vectors": "indices are whole numbers, int64"}),
     Task("straight_through", 2, ask_straight_through, {
-        "value": "forward it must be z_q", "gradient_of_z_e": "backward the gradient must arrive at z_e unchanged",
-        "gradient_of_z_q": "nothing may arrive at z_q: which part has to be detached?"}),
+        "value": "forward it must be z_q", "gradient of z_e": "backward the gradient must arrive at z_e unchanged",
+        "gradient of z_q": "nothing may arrive at z_q: which part has to be detached?"}),
     Task("vq_loss", 4, ask_vq_loss, {
-        "loss": "two mean squared errors; beta weighs the second", "gradient_of_z_e": "only beta's term may move z_e",
-        "gradient_of_z_q": "only the first term, without beta, may move z_q",
-        "loss_of_padded_sequences": "padding must not count: masked_mean(x, lengths) takes (B, T, channels)"}),
+        "loss": "two mean squared errors; beta weighs the second", "gradient of z_e": "only beta's term may move z_e",
+        "gradient of z_q": "only the first term, without beta, may move z_q",
+        "loss of padded sequences": "padding must not count: masked_mean(x, lengths) takes (B, T, channels)"}),
     Task("perplexity", 2, ask_perplexity, {
-        "all_codes_in_use": "shares, entropy in nats, exp", "some_codes_unused": "0 log 0 is 0, not NaN"}),
+        "all codes in use": "shares, entropy in nats, exp", "some codes unused": "0 log 0 is 0, not NaN"}),
     Task("periodic_positions", 2, ask_periodic_positions, {
         "table": "row t: sin, cos, sin, cos, ...; a pair shares its angle t / 10000^(2i / width); t from 0"}),
     Task("causal_bias", 3, ask_causal_bias, {
-        "what_is_hidden": "frame i sees itself and the memory - 1 frames before it, -inf elsewhere",
+        "what is hidden": "frame i sees itself and the memory - 1 frames before it, -inf elsewhere",
         "bias": "-slope * floor((i - j) / period), slopes 1/4, 1/16, ... by head"}),
     Task("DecoderLayer.forward", 3, ask_decoder_layer, {
-        "all_frames_at_once": "three branches, norm(x + dropout(branch)) each; frame t hears audio[:, t] and no other",
-        "frame_by_frame_with_a_cache": "the self-attention needs the cache, the cross-attention must not have it"}),
+        "all frames at once": "three branches, norm(x + dropout(branch)) each; frame t hears audio[:, t] and no other",
+        "frame by frame with a cache": "the self-attention needs the cache, the cross-attention must not have it"}),
     Task("CodeTalker.code_losses", 4, ask_code_losses, {
         "feature": "the answers against the codes of the real motion; padding does not count",
         "motion": "nearest codes of the answers, decoder, squared error, its weight; padding does not count",
-        "motion_gradient_of_the_answers": "the motion loss must reach the answers, straight through the quantiser"}),
+        "gradient of answers": "the motion loss must reach the answers, straight through the quantiser"}),
     Task("CodeTalker.step", 3, ask_step, {
-        "frame_0": "embed, the layers, query; bias and keys must be of one length: at frame 0 it is 1",
-        "frames_1_to_4": "positions go on (first), a cache for each layer, the last t + 1 columns of the bias",
-        "frames_beyond_the_memory": "the bias has no more columns than the memory"}),
+        "frame 0": "embed, the layers, query; bias and keys must be of one length: at frame 0 it is 1",
+        "frames 1 to 4": "positions go on (first), a cache for each layer, the last t + 1 columns of the bias",
+        "frames beyond the memory": "the bias has no more columns than the memory"}),
     Task("lip_vertex_errors", 2, ask_lip_vertex_errors, {
         "errors": "lips only; squared distance, no root; the largest vertex of each frame"}),
     Task("dynamics", 2, ask_dynamics, {
