@@ -244,9 +244,24 @@ def key():
     return "\n\n\n".join([model.rstrip(), f"# {'=' * 92} metrics, from data.py\n\nimport numpy as np", *metrics]) + "\n"
 
 
+@contextmanager
+def new(path):
+    """What is there already may be somebody's work."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: a new name expected, in a folder to write into ({error.strerror})") from None
+
+
 def students_file(names=NAMES):
     """The student's file: the key without the bodies of these functions."""
     return replace(key(), {name: cut(definition(key(), name)) for name in names})
+
+
+def write(path, tasks=TASKS):
+    """Make the student's file, which must not be there yet."""
+    with new(path), open(path, "x", encoding="utf-8") as file:
+        file.write(students_file([task.name for task in tasks]))
 
 
 def program(submission, name):
@@ -270,15 +285,6 @@ def read(path):
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
         raise ValueError(f"{path}: a student's file expected, which Python can read ({line}{error}); "
                          "hand in the file that `write` made, solved") from None
-
-
-@contextmanager
-def new(path):
-    """What is there already may be somebody's work."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: a new name expected, in a folder to write into ({error.strerror})") from None
 
 
 def assemble(path, folder):
@@ -317,8 +323,7 @@ def main():
             assemble(args.file, args.folder)
             print(f"cd {args.folder} && python train_vq.py && python train_ar.py && python infer.py")
         else:
-            with new(args.file), open(args.file, "x", encoding="utf-8") as file:
-                file.write(students_file([task.name for task in args.tasks]))
+            write(args.file, args.tasks)
             print(f"{args.file}: {len(args.tasks)} tasks, {sum(task.points for task in args.tasks)} points")
 
 

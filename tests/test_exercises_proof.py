@@ -1,6 +1,7 @@
 """The grader graded: the key earns all, the skeleton nothing, each wrong answer loses its task, cheats earn nothing."""
 import csv
 import math
+import os
 import subprocess
 import sys
 import types
@@ -62,7 +63,7 @@ WRONG = [
     ("causal_bias", "not floored", 'rounding_mode="floor"', "rounding_mode=None"),
     ("causal_bias", "slopes from 1", "torch.arange(1, heads + 1)", "torch.arange(heads)"),
     ("causal_bias", "slopes of 1/2", "4.0 **", "2.0 **"),
-    ("causal_bias", "the past is hidden", "return bias", "return bias.mT"),
+    ("causal_bias", "the past is hidden", "memory), -math.inf)", "memory), -math.inf).mT"),
     ("DecoderLayer.forward", "hears the frame before", "audio).squeeze(2)", "audio.roll(1, 1)).squeeze(2)"),
     ("DecoderLayer.forward", "hears all frames", "self.cross_attention(x.unsqueeze(2), audio).squeeze(2)",
      "self.cross_attention(x, audio.flatten(1, 2))"),
@@ -288,5 +289,5 @@ assert data.perplexity is codetalker.perplexity and data.dynamics is codetalker.
 for command in ("train_vq.py --steps 2", "train_ar.py --steps 2", "infer.py --out talk.npy"):
     sys.argv = command.split() + ["--data", sys.argv[-1]]
     runpy.run_path(sys.argv[0], run_name="__main__")
-""", speakers], cwd=tmp_path / "mine", capture_output=True, text=True, timeout=200)
+""", speakers], cwd=tmp_path / "mine", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and (tmp_path / "mine" / "talk.npy").exists(), run.stderr
