@@ -30,7 +30,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# ======================================================================================= the tasks, and how each is asked
+# =================================================================================== the tasks, and how each is asked
 # code: the student's file as a module; rng: numpy.random.Generator. Each returns {what: numbers}.
 
 
@@ -79,7 +79,8 @@ def ask_straight_through(code, rng):
 
 
 def ask_vq_loss(code, rng):
-    z_e, z_q, beta = normal(rng, 2, 5, 2, 3).requires_grad_(), normal(rng, 2, 5, 2, 3).requires_grad_(), rng.uniform(2, 3)
+    z_e, z_q = normal(rng, 2, 5, 2, 3).requires_grad_(), normal(rng, 2, 5, 2, 3).requires_grad_()
+    beta = rng.uniform(2, 3)
     padded = code.vq_loss(z_e, z_q, beta, torch.tensor([5, int(rng.integers(1, 5))]))
     loss = code.vq_loss(z_e, z_q, beta)
     return {"loss": loss} | gradients(loss, z_e=z_e, z_q=z_q) | {"loss of padded sequences": padded}
@@ -123,7 +124,8 @@ def ask_step(code, rng):
     model, past, style, audio, _ = small_model(code, rng, 9)
     bias, caches = normal(rng, 2, 1, 5), [{} for _ in model.layers]
     steps = [model.step(t, past[:, t:t + 1], style, audio[:, t:t + 1], bias, caches) for t in range(9)]
-    return {"frame 0": steps[0], "frames 1 to 4": torch.cat(steps[1:5], 1), "frames beyond the memory": torch.cat(steps[5:], 1)}
+    return {"frame 0": steps[0], "frames 1 to 4": torch.cat(steps[1:5], 1),
+            "frames beyond the memory": torch.cat(steps[5:], 1)}
 
 
 def ask_lip_vertex_errors(code, rng):
@@ -191,15 +193,14 @@ def numbers_of(task, code, seed):
             for what, value in said.items()}
 
 
-# ============================================================================= source text: the key, and the student's file
-
+# ========================================================================= source text: the key, and the student's file
 
 ONE_AT_A_TIME = Lock()              # ast counts its depth for all threads together and fails (Python 3.11)
 
 
 @lru_cache(maxsize=8)
 def functions(source):
-    """Where each function stands: {"name" or "Class.name": [(node, first line, line behind it)]}, decorators included."""
+    """Where functions stand, with their decorators: {"name" or "Class.name": [(first line, line behind it), ...]}."""
     found = {}
     with ONE_AT_A_TIME:
         tree = ast.parse(source)
@@ -209,31 +210,31 @@ def functions(source):
             if isinstance(node, ast.FunctionDef):
                 name = node.name if node is outer else f"{outer.name}.{node.name}"
                 first = min(line.lineno for line in [node, *node.decorator_list]) - 1
-                found.setdefault(name, []).append((node, first, node.end_lineno))
+                found.setdefault(name, []).append((first, node.end_lineno))
     return found
 
 
 def definition(source, name):
     """The text of a function, at the left margin."""
-    _, first, behind = functions(source)[name][-1]
-    return textwrap.dedent("".join(source.splitlines(keepends=True)[first:behind])).rstrip()
+    first, behind = functions(source)[name][-1]
+    return textwrap.dedent("\n".join(source.split("\n")[first:behind]))
 
 
 def replace(source, texts):
     """The source with other functions: {name: text at the left margin}. Names that it has not are passed over."""
-    lines = source.splitlines(keepends=True)
-    places = [(first, behind, texts[name]) for name, all_of_it in functions(source).items() if name in texts
-              for _, first, behind in all_of_it]
+    lines = source.split("\n")                          # not splitlines: Python's lines end nowhere else
+    places = [(first, behind, texts[name]) for name, found in functions(source).items() if name in texts
+              for first, behind in found]
     for first, behind, text in sorted(places, reverse=True):
         margin = lines[first][:len(lines[first]) - len(lines[first].lstrip())]
-        lines[first:behind] = [textwrap.indent(text, margin) + "\n"]
-    return "".join(lines)
+        lines[first:behind] = [textwrap.indent(text, margin)]
+    return "\n".join(lines)
 
 
 def cut(text):
     """A function's signature and docstring, and nothing behind them."""
-    node = functions(text)[next(iter(functions(text)))][0][0]
-    return "\n".join([*text.splitlines()[:node.body[0].end_lineno], "    raise NotImplementedError"])
+    docstring = ast.parse(text).body[0].body[0]
+    return "\n".join([*text.split("\n")[:docstring.end_lineno], "    raise NotImplementedError"])
 
 
 @lru_cache

@@ -13,7 +13,7 @@ import os
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,12 +31,12 @@ def right_answers(name, seed):
 
 
 def judge(task, submission, seed, sandbox):
-    """None for a right solution, otherwise one line: what is wrong, and a hint."""
+    """None for a right solution, otherwise one line, which is not empty: what is wrong, and a hint."""
     if task.name not in functions(submission):
         return "the function is missing: keep its name, its class and its arguments"
     found = sandbox.run(task.name, seed, program(submission, task.name))
     if isinstance(found, str):
-        return found
+        return found or "an error without a text"
     for what, right in right_answers(task.name, seed).items():
         right = np.array(right, float)
         try:
@@ -53,19 +53,19 @@ def judge(task, submission, seed, sandbox):
 
 def grade(path, tasks, seed):
     """A row of the table: points of each task, and the remarks."""
-    row = {"student": Path(path).stem, "points": 0, "of": sum(task.points for task in tasks)}
-    remarks, sandbox = [], Sandbox()
+    points, remarks = {task.name: 0 for task in tasks}, []
     try:
         submission = read(path)
     except ValueError as error:
-        return row | {task.name: 0 for task in tasks} | {"remarks": str(error)}
-    for task in tasks:
-        remark = judge(task, submission, seed, sandbox)
-        row[task.name] = 0 if remark else task.points
-        row["points"] += row[task.name]
-        remarks += [f"{task.name}: {remark}"] * bool(remark)
-    sandbox.close()
-    return row | {"remarks": "; ".join(remarks)}
+        submission, tasks, remarks = None, [], [str(error)]
+    with closing(Sandbox()) as sandbox:
+        for task in tasks:
+            remark = judge(task, submission, seed, sandbox)
+            if remark is None:
+                points[task.name] = task.points
+            else:
+                remarks.append(f"{task.name}: {remark}")
+    return {"student": Path(path).stem, "points": sum(points.values()), **points, "remarks": "; ".join(remarks)}
 
 
 def grade_folder(folder, table, tasks=TASKS, seed=0, at_once=os.cpu_count()):
@@ -78,16 +78,16 @@ def grade_folder(folder, table, tasks=TASKS, seed=0, at_once=os.cpu_count()):
     if Path(table).is_dir():
         raise ValueError(f"{table}: the name of a CSV file expected, found a folder; name another")
     for task in tasks:
-        right_answers(task.name, seed)                   # here, since PyTorch's random numbers are not for several threads
+        right_answers(task.name, seed)              # here, since threads share PyTorch's random numbers
     with whole(table) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["student", "points", "of", *(task.name for task in tasks), "remarks"])
+        writer = csv.DictWriter(file, ["student", "points", *(task.name for task in tasks), "remarks"])
         writer.writeheader()
         with ThreadPoolExecutor(at_once) as pool:
             rows = []
             for row in pool.map(lambda path: grade(path, tasks, seed), paths):
                 writer.writerow(row)
                 rows.append(row)
-                print(f"{row['student']}: {row['points']} of {row['of']} points", flush=True)
+                print(f"{row['student']}: {row['points']} of {sum(task.points for task in tasks)} points", flush=True)
     return rows
 
 
@@ -109,7 +109,7 @@ def check(name, path="student.py", seed=0):
     """Print what a task earns: the same as `pytest tests/test_exercises.py --impl student.py -k NAME`."""
     task = TASKS[NAMES.index(name)]
     remark = judge(task, read(path), seed, kept_sandbox())
-    print(f"{name}: {0 if remark else task.points} of {task.points} points" + (f" - {remark}" if remark else ""))
+    print(f"{name}: " + (f"{task.points} points" if remark is None else f"0 of {task.points} points - {remark}"))
 
 
 def main():

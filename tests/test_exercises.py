@@ -34,5 +34,5 @@ def sandbox():
 def test_task(task, submission, sandbox, request, record_property):
     record_property("task", task)
     remark = judge(task, submission, request.config.getoption("--seed"), sandbox)
-    if remark:
+    if remark is not None:
         pytest.fail(remark, pytrace=False)
