@@ -338,6 +338,22 @@ class MotionDecoder(nn.Module):
         return self.leave(x)                                            # (B, T or 1, V*3)
 
 
+def straight_through(z_e, z_q):
+    """The value of z_q, and the gradient of z_e: what arrives at the result goes to z_e unchanged, to z_q nothing."""
+    return z_e + (z_q - z_e).detach()
+
+
+def vq_loss(z_e, z_q, beta, lengths=None):
+    """||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, as means over all real frames, slots and channels.
+
+    sg stops the gradient. The first term moves the codes to the features, the second, beta's, keeps the encoder near
+    its codes. z_e, z_q (B, T, H, c), lengths (B,) or None -> scalar.
+    """
+    codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
+    commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
+    return codebook_loss + beta * commitment_loss
+
+
 class Quantiser(nn.Module):
     """The codebook: N vectors of width c; each feature is replaced by its nearest.
 
@@ -360,23 +376,16 @@ class Quantiser(nn.Module):
         return distance.argmin(1)
 
     def forward(self, z_e, lengths=None):
-        """z_e (B, T, H, c) -> z_q (B, T, H, c), indices (B, T, H), loss.
-
-        loss = ||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, as means; sg stops the gradient. The first term
-        moves the codes to the features, the second, beta's, keeps the encoder near its codes.
-        """
+        """z_e (B, T, H, c) -> z_q (B, T, H, c), indices (B, T, H), loss."""
         with torch.autocast(z_e.device.type, enabled=False):
             z_e = z_e.float()
             indices = self.nearest(z_e).view(z_e.shape[:-1])            # (B, T, H)
             z_q = F.embedding(indices, self.codebook)                   # (B, T, H, c)
-            codebook_loss = masked_mean((z_e.detach() - z_q).square().flatten(2), lengths)
-            commitment_loss = masked_mean((z_e - z_q.detach()).square().flatten(2), lengths)
+            loss = vq_loss(z_e, z_q, self.beta, lengths)
             if self.training:
                 chosen = indices.flatten()                              # bincount would make a GPU wait
                 self.uses.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=self.uses.dtype))
-            # Straight-through: forward it is z_q, backward the gradient of z_q goes to z_e unchanged.
-            z_q = z_e + (z_q - z_e).detach()
-        return z_q, indices, codebook_loss + self.beta * commitment_loss
+        return straight_through(z_e, z_q), indices, loss
 
     @torch.no_grad()
     def revive(self, z_e, everything=False):
@@ -470,16 +479,31 @@ def mel_filterbank(bands):
     return torch.minimum(rising, falling).clamp(min=0)
 
 
+def speech_level(energy, mel, fps):
+    """What log_mel subtracts, (bands,): each band's mean over the recording's speech holds the microphone and the room.
+
+    Speech is what lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count.
+    energy and its logarithm mel (steps, bands).
+    """
+    loudness = energy.sum(1)
+    near = round(0.2 * fps * STEPS_PER_FRAME)                           # steps in 200 ms
+    loud = (loudness >= 1e-3 * loudness.max()).float()
+    speech = F.max_pool1d(loud[None, None], 2 * near + 1, stride=1, padding=near)[0, 0] > 0     # (steps,)
+    # A second or more of one loudness is no speech but hum, hiss or nothing at all: what lies 40 dB under speech. The
+    # deviation over time of the mean band is 0 to 0.09 for noise of any colour, above 0.3 for speech, 0.15 with as
+    # much noise as speech (measured). At its ends a recording may be cut off, which is heard as a click.
+    nobody_speaks = len(mel) >= fps * STEPS_PER_FRAME and mel[4:-4].mean(1).std() < 0.12
+    return mel[speech].mean(0) + 4.0 * float(nobody_speaks)
+
+
 def log_mel(audio, fps, frames, bands):
     """What the ear gets: the log energy in mel bands, STEPS_PER_FRAME steps to a motion frame.
 
     audio (samples,) float in [-1, 1] at 16 kHz -> (frames * STEPS_PER_FRAME, bands) float32. The steps are placed
     on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
-    looks at the window centred on (s + 1/2) / (fps * STEPS_PER_FRAME) seconds.
-
-    Each band's mean over the recording's speech is subtracted: it holds the microphone and the room. Speech is what
-    lies within 200 ms of a step less than 30 dB under the loudest, so that long pauses do not count. Raises
-    ValueError if there is no sound.
+    looks at the WINDOW samples around the one nearest to (s + 1/2) / (fps * STEPS_PER_FRAME) seconds, half of them
+    before it; around the recording is silence. A symmetric Hann window, |FFT|^2, mel_filterbank, log10 of what is at
+    least 1e-8 of the loudest (and 1e-10), less speech_level. Raises ValueError if there is no sound.
     """
     if frames < 1 or len(audio) == 0:
         raise ValueError(f"sound for at least one frame expected, found {len(audio)} samples, {frames} frames")
@@ -492,16 +516,8 @@ def log_mel(audio, fps, frames, bands):
         spectrum = torch.fft.rfft(audio[some[:, None] + torch.arange(WINDOW)] * window, FFT)    # (steps, FFT/2 + 1)
         energy.append(spectrum.abs().square() @ bank)
     energy = torch.cat(energy)                                          # (steps, bands)
-    loudness = energy.sum(1)
-    near = round(0.2 * fps * STEPS_PER_FRAME)                           # steps in 200 ms
-    loud = (loudness >= 1e-3 * loudness.max()).float()
-    speech = F.max_pool1d(loud[None, None], 2 * near + 1, stride=1, padding=near)[0, 0] > 0     # (steps,)
     mel = energy.clamp(min=max(1e-8 * float(energy.max()), 1e-10)).log10()  # digital silence is -80 dB, not -inf
-    # A second or more of one loudness is no speech but hum, hiss or nothing at all: what lies 40 dB under speech. The
-    # deviation over time of the mean band is 0 to 0.09 for noise of any colour, above 0.3 for speech, 0.15 with as
-    # much noise as speech (measured). At its ends a recording may be cut off, which is heard as a click.
-    nobody_speaks = frames >= fps and mel[4:-4].mean(1).std() < 0.12
-    return mel - mel[speech].mean(0) - 4.0 * float(nobody_speaks)
+    return mel - speech_level(energy, mel, fps)
 
 
 def other_voice(mel):
@@ -793,21 +809,43 @@ class CodeTalker(nn.Module):
             return self.autoencoder.quantiser.codebook[codes].flatten(2)
         return self.autoencoder.decode(codes)
 
+    def code_losses(self, answers, codes, motion, lengths=None):
+        """The losses of the code query, a dict of means over all real frames. answers (B, T, H*c or H*N), and of the
+        real motion (B, T, V*3) its codes (B, T, H).
+
+        "feature": the cross-entropy of the real codes given `scores`; or, with config.squared, the paper's
+        MSE(z_hat, z_q), the answers against the real codes' vectors  [loss].
+        "motion", of the target "codes": motion_weight * MSE(M_hat, M), where M_hat is decoded from the codes nearest to
+        the answers, straight-through; of the sequences 0, motion_every, 2 motion_every ... of the batch  [loss].
+        """
+        quantiser, slots = self.autoencoder.quantiser, codes.shape[2:]
+        if self.config.target == "codes" and self.config.squared:
+            feature = (answers.float() - quantiser.codebook[codes].flatten(2)).square()             # (B, T, H*c)
+        else:
+            scores = self.scores(answers).flatten(0, 2)                                             # (B*T*H, N)
+            feature = F.cross_entropy(scores, codes.flatten(), reduction="none").view_as(codes)     # (B, T, H)
+        losses = {"feature": masked_mean(feature, lengths)}
+        if self.config.target == "codes":
+            some = slice(None, None, self.config.motion_every)
+            within = None if lengths is None else lengths[some]
+            z_q, _, _ = quantiser(answers[some].unflatten(-1, slots + (-1,)))                       # (B/4, T, H, c)
+            error = self.autoencoder.decoder(z_q, within) - motion[some]
+            losses["motion"] = self.config.motion_weight * masked_mean(error.square(), within)
+        return losses
+
     def forward(self, sound, style, codes, motion, lengths=None, own=0.0):
         """All frames are answered at once, given a history; returns the answers (B, T, ...) and the losses.
 
         sound as for `listen`, style (B, K), codes (B, T, H) of the real motion (B, T, V*3).
         own: share of the history's frames that are the model's own answers instead of the truth [own].
-        The losses are {"motion", "feature"}; the loss of stage 2 is their sum,
-        motion_weight * MSE(M_hat, M) + cross-entropy of the real codes given `scores`  [loss]; the paper's second is
-        MSE(z_hat, sg(z_q of the real motion)). Of the other targets: {"motion"} or {"feature"} alone.
+        The losses are those of `code_losses`, or of the target "vertices" {"motion"}, MSE(M_hat, M); the loss of
+        stage 2 is their sum.
         """
         batch, frames, _ = codes.shape
         quantiser = self.autoencoder.quantiser
         audio = self.listen(sound, [frames] * batch if lengths is None and self.config.wav2vec2 else lengths)
         assert audio.shape[1] == frames, f"sound for {frames} frames expected, found enough for {audio.shape[1]}"
-        target = quantiser.codebook[codes]                              # (B, T, H, c); frozen, so this is sg(z_q)
-        fed = motion if self.config.history == "motion" else target.flatten(2)      # teacher forcing
+        fed = motion if self.config.history == "motion" else quantiser.codebook[codes].flatten(2)   # teacher forcing
         if own > 0:
             # The model's own history, all frames at once: what it says when told a history of random codes (or the
             # motion of the batch's previous sequence). Nothing of the truth leaks into it; the frame-by-frame history
@@ -822,19 +860,19 @@ class CodeTalker(nn.Module):
         answers = self.answer(fed, style, audio)
         if self.config.target == "vertices":
             return answers, {"motion": masked_mean((answers.float() - motion).square(), lengths)}
-        if self.config.squared:                                         # [loss]
-            feature = (answers.float() - target.flatten(2)).square()    # (B, T, H*c)
-        else:
-            scores = self.scores(answers).flatten(0, 2)                 # (B*T*H, N)
-            feature = F.cross_entropy(scores, codes.flatten(), reduction="none").view_as(codes)
-        losses = {"feature": masked_mean(feature, lengths)}
-        if self.config.target == "codes":
-            some = slice(None, None, self.config.motion_every)          # decoding is half of the work  [loss]
-            within = None if lengths is None else lengths[some]
-            z_q, _, _ = quantiser(answers[some].unflatten(-1, codes.shape[2:] + (-1,)))     # nearest, straight-through
-            error = self.autoencoder.decoder(z_q, within) - motion[some]
-            losses["motion"] = self.config.motion_weight * masked_mean(error.square(), within)
-        return answers, losses
+        return answers, self.code_losses(answers, codes, motion, lengths)
+
+    def step(self, t, past, style, audio, bias, caches):
+        """What the transformer says to frame t alone, when it has been asked for the frames before it, one by one.
+
+        past (B, 1, H*c or V*3): what is fed back of frame t - 1; style (B, K); audio (B, 1, k, d) of frame t; bias
+        (heads, 1, memory): the last row of causal_bias, whose last column is frame t itself, the one before it frame
+        t - 1 and so on; caches: a dict for each layer, which it fills -> (B, 1, H*c, V*3 or H*N).
+        """
+        x = self.embed(past, style, first=t)                            # (B, 1, d)
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, audio, bias[..., -t - 1:], cache)              # frame 0 has one column, frame 1 two ...
+        return self.query(x)
 
     @torch.no_grad()
     def generate(self, sound, style, lengths=None, temperature=None, tell=lambda done, frames: None):
@@ -859,10 +897,7 @@ class CodeTalker(nn.Module):
         if self.config.target == "vertices":
             motion = torch.empty(batch, frames, config.vertices * 3, device=device)
         for t in range(frames):
-            x = self.embed(past, style, first=t)                        # (B, 1, d)
-            for layer, cache in zip(self.layers, caches):
-                x = layer(x, audio[:, t:t + 1], bias[..., -t - 1:], cache)
-            answers = self.query(x)                                     # (B, 1, H*c, V*3 or H*N)
+            answers = self.step(t, past, style, audio[:, t:t + 1], bias, caches)        # (B, 1, H*c, V*3 or H*N)
             if self.config.target == "vertices":
                 motion[:, t:t + 1] = past = answers
             else:

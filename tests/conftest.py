@@ -17,6 +17,30 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)            # these models are too small to share
 
 
+def pytest_addoption(parser):
+    from data import between
+    parser.addoption("--impl", metavar="FILE", help="the student's file that test_exercises.py judges")
+    parser.addoption("--seed", type=between(0, 10 ** 6, int), default=0, help="of all inputs of test_exercises.py")
+
+
+def pytest_configure(config):
+    if config.getoption("--impl"):
+        config.option.tbstyle, config.option.reportchars = "no", ""         # the table says it all
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Where a student's file is judged: points and hints, a line for each task."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    rows = [(report.user_properties[0][1], report) for report in reports
+            if config.getoption("--impl") and report.when == "call" and report.user_properties]
+    for task, report in rows:
+        points = f"{task.points * report.passed} of {task.points}"
+        terminalreporter.write_line(f"{points}  {task.name:23} {report.longreprtext}".rstrip())
+    if rows:
+        terminalreporter.write_line(f"{sum(task.points * report.passed for task, report in rows)} of "
+                                    f"{sum(task.points for task, _ in rows)} points")
+
+
 def browse(page, profile):
     """What chromium makes of a page that tests itself, as text; skips the test where there is no chromium."""
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)

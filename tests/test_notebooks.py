@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import ROOT               # first: it puts the repository on the path
 import data
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -33,7 +33,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for part in ("notebooks", "tests"):
+        shutil.copytree(ROOT / part, folder / part)
     data.build_speakers(folder / data.BUILT_IN)
     return folder
 
