@@ -105,7 +105,7 @@ class ARConfig:
     memory: int = 90                # [memory] frames that a frame looks back on, itself included; the paper: 600
     wav2vec2: dict | None = None    # [audio] its sizes, as in WAV2VEC2_BASE; None: log-mel bands are heard
     audio_steps: int = 1            # k, audio steps that a frame attends to; BIWI 2
-    temperature: float = 1.0        # [chance] of the draw among codes; the paper: 0, always the nearest
+    temperature: float = 0.8        # [chance] of the draw among codes; the paper: 0, always the nearest
 
 
 WAV2VEC2_BASE = {"convs": 512, "width": 768, "layers": 12, "heads": 12, "hidden": 3072}

@@ -46,7 +46,7 @@ parser.add_argument("--take", type=between(0, 2 ** 32, int), default=0,
                     help="another number, another face for the same words: the seed of the draw (default: 0)")
 parser.add_argument("--temperature", type=between(0, 2),
                     help="how freely codes are drawn: 0 always takes the likeliest, 1 draws as often as in training "
-                         "(default: the model's, 1 or, of the published models, 0)")
+                         "(default: the model's, 0.8 or, of the published models, 0)")
 parser.add_argument("--ar", default="runs/ar/best.pt", help="checkpoint of stage 2 (default: %(default)s)")
 parser.add_argument("--released", nargs=2, metavar=("STAGE1", "STAGE2"),
                     help="the authors' checkpoints of both stages instead of --ar")

@@ -29,20 +29,20 @@ parser.add_argument("--wav2vec2", help="weights of facebook/wav2vec2-base-960h, 
                                        "model.safetensors; the published models hear through it")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (default: %(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (default: %(default)s)")
-parser.add_argument("--steps", type=positive, default=1350, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=positive, default=1650, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=between(1, 4096, int), default=8, help="sequences at once (default: %(default)s)")
 parser.add_argument("--window", type=positive, default=80, help="frames in a training sequence (default: %(default)s)")
 parser.add_argument("--rate", type=between(1e-9, 1), default=2e-3, help="learning rate, first (default: %(default)s)")
-parser.add_argument("--halve-every", type=positive, default=270,
+parser.add_argument("--halve-every", type=positive, default=330,
                     help="steps after which the rate halves (default: %(default)s)")
 parser.add_argument("--target", choices=["codes", "vertices", "indices"], default="codes",
                     help="what the transformer answers: a feature whose nearest code is taken (the paper), the vertices "
                          "themselves (no codebook), or a score for every code (default: %(default)s)")
 parser.add_argument("--history", choices=["codes", "motion"], default=None,
                     help="what is fed back to it (default: codes; with --target vertices the motion)")
-parser.add_argument("--own", type=between(0, 1), default=0.85,
+parser.add_argument("--own", type=between(0, 1), default=0.4,
                     help="share of the history that is the model's own answers, 0 to 1 (default: %(default)s)")
-parser.add_argument("--eval-every", type=positive, default=450, help="steps between evaluations (default: %(default)s)")
+parser.add_argument("--eval-every", type=positive, default=550, help="steps between evaluations (default: %(default)s)")
 parser.add_argument("--log-every", type=positive, default=50, help="steps between log lines (default: %(default)s)")
 parser.add_argument("--seed", type=between(0, 2 ** 32, int), default=0, help="of all randomness (default: %(default)s)")
 parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, exactly")
