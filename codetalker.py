@@ -26,8 +26,12 @@ the published models: with them [history], [memory], [own], [start], [norm], [lo
                 released code looks back on everything and ends at 600 frames; the presets go on with the last 600.
     [pieces]    what is longer than 600 frames is heard (by wav2vec 2.0), encoded and decoded in pieces that fade into
                 each other. InstanceNorm, where there is one, normalises each piece alone.
-    [own]       in training most of the history is the model's own answers instead of the truth. Fed with the truth
-                alone it learns to copy the last frame, hardly listens, and drifts as soon as it runs free.
+    [own]       in training a part of the history is the model's own answers instead of the truth. Fed with the truth
+                alone it learns to copy the last frame, hardly listens, and drifts as soon as it runs free. The more
+                are its own, the better the lips listen, and the duller the upper face.
+    [chance]    codes are drawn at random, the likelier the oftener; the paper takes the nearest to the answer. What
+                sound does not decide, brows and blinks, is then as lively as in training, instead of the mean of all
+                that could have been, and one recording gets as many takes as there are seeds.
     [start]     stage 1 starts from data: its first and last layer from the principal components of real motion, the
                 codebook from encoder outputs; dead codes are revived. The paper starts all of it at random, the
                 codes in uniform(-1/N, 1/N), and leaves the dead dead; it also trains for hours.
@@ -35,8 +39,9 @@ the published models: with them [history], [memory], [own], [start], [norm], [lo
                 depend on all later frames, which a causal transformer cannot know, and a face at rest is magnified.
     [loss]      stage 1 adds the squared error to the paper's L1. L1 alone settles on the median, and the median of a
                 muscle that moves in one frame out of ten is no movement: on blendshapes it never leaves it. Stage 2
-                weighs its motion loss by 1/10, and decodes one sequence in four for it: ours is in units of the
-                motion's own size, the paper's in metres, where it hardly counts beside the feature loss.
+                asks how likely the real code is, given its distance to the answer (a cross-entropy), instead of for the
+                squared distance: the square is least at the mean of all codes that fit, which may be no code at all.
+                Its motion loss decodes one sequence in four, to save time.
     [scale]     attention divides by sqrt(d / heads), the released stage 1 by sqrt(d). The former is the usual one;
                 the importer puts the rest into the query's weights.
     [position]  no positions in stage 1. The released code adds the same vector to every frame (it indexes the batch

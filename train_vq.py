@@ -29,9 +29,8 @@ parser.add_argument("--halve-every", type=positive, default=100,
                     help="steps after which the rate halves (default: %(default)s)")
 parser.add_argument("--codes", type=between(1, 65_536, int), default=256,
                     help="N, codes in the codebook (default: %(default)s)")
-parser.add_argument("--slots", type=int, choices=[1, 2, 4, 8, 16, 32, 64], default=16,
-                    help="H, codes per frame, which share the 128 channels of a feature; only with --preset lite "
-                         "(default: %(default)s)")
+parser.add_argument("--slots", type=int, choices=[1, 2, 4, 8, 16, 32, 64],
+                    help="H, codes per frame, which share a feature's channels (default: 16, with --preset biwi 8)")
 parser.add_argument("--instance-norm", action="store_true", help="normalise each clip's channels, as the paper does")
 parser.add_argument("--revive-every", type=positive, default=25,
                     help="steps between revivals of dead codes (default: %(default)s)")
@@ -57,10 +56,10 @@ def main(args):
         model, state = load(out / "last.pt", "vq", device)
     else:
         sizes, _ = PRESETS[args.preset]
-        if args.preset == "lite":
-            sizes = dict(slots=args.slots, code_width=VQConfig.width // args.slots, instance_norm=args.instance_norm)
-        elif args.slots != 16 or args.instance_norm:
-            raise ValueError(f"--slots and --instance-norm are for --preset lite; {args.preset} has its own")
+        if args.slots:
+            sizes = sizes | dict(slots=args.slots, code_width=sizes.get("width", VQConfig.width) // args.slots)
+        if args.instance_norm:
+            sizes = sizes | dict(instance_norm=True)
         model, state = MotionAutoencoder(VQConfig(data.channels // 3, codes=args.codes, **sizes)).to(device), None
         if args.preset == "lite":                                       # [start]
             some = [data.motion(*crop) for crop in random_crops(data.splits["train"], args.window, 128)]
