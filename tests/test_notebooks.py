@@ -34,6 +34,8 @@ def checkout(tmp_path_factory):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "official.pt", folder / "tests")
     data.build_speakers(folder / data.BUILT_IN)
     return folder
 
