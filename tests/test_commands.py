@@ -171,16 +171,24 @@ def test_the_page_shows_every_vertex_within_a_tenth_of_a_millimetre(infer, speak
     assert np.abs(audio[:len(stored)].astype(int) - stored[:len(audio)]).max() <= 1
 
 
+def test_a_take_is_another_face_for_the_same_words_and_the_same_once_more(infer, speech, elsewhere):
+    for name, flags in (("a", []), ("b", ["--take", 0]), ("c", ["--take", 1]), ("d", ["--take", 1, "--temperature", 0]),
+                        ("e", ["--temperature", 0])):
+        assert infer("--wav", speech, "--out", f"{name}.npy", *flags) == 0
+    a, b, c, d, e = (np.load(f"{name}.npy") for name in "abcde")
+    assert np.array_equal(a, b) and not np.array_equal(a, c) and np.array_equal(d, e) and not np.array_equal(a, e)
+
+
 def test_test_writes_the_figures_of_the_motions_it_writes(infer, speakers, runs):
     """The test subject is a stranger, so test.json holds means over both styles; the motions are in the first.
     The lip error is worked out anew from what infer.py makes of each clip's wav in each style."""
-    assert infer("--test", "--out", "motions") == 0
+    assert infer("--test", "--temperature", 0, "--out", "motions") == 0
     dataset, errors = data.DataSet(speakers), []
     for clip in dataset.splits["test"]:
         true = np.load(speakers / "vertices_npy" / f"{clip.name}.npy")
         for style in ("ada", "ben"):
             assert infer("--wav", speakers / "wav" / f"{clip.name}.wav", "--subject", clip.subject, "--style", style,
-                         "--out", f"{style}.npy") == 0
+                         "--temperature", 0, "--out", f"{style}.npy") == 0
             error = np.square(np.load(f"{style}.npy") - true).reshape(clip.frames, -1, 3)[:, dataset.lips].sum(2)
             errors += error.max(1).tolist()                                     # of every frame
         np.testing.assert_allclose(np.load(f"motions/{clip.name}.npy"), np.load("ada.npy"), atol=1e-6)
@@ -249,6 +257,8 @@ def test_released_checkpoints_animate_a_face_of_which_only_the_template_is_there
     np.testing.assert_allclose(np.load("face.npy"), motion[0] + recorded["template"], atol=1e-5)
     assert "f 3 2 4" in open("face_0000.obj").read()
     capsys.readouterr()
+    assert run("infer.py", *start, "--temperature", 0.5, "--out", "warm.npy") == 2
+    assert "--temperature: 0 expected" in capsys.readouterr().err
     assert run("infer.py", *start[:2], released[0], *start[3:], "--out", "face.npy") == 2           # stage 1 twice
     assert "stage1.pth.tar: a released checkpoint of stage 2 expected" in capsys.readouterr().err
     assert run("infer.py", *start, "--out", "face.npy", "--data", tmp_path) == 2

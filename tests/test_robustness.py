@@ -316,6 +316,8 @@ FLAGS = [               # HERE is an empty folder, FILE a file
     ("infer.py --out /proc/talk.npy", "/proc: a folder to write into expected"),
     ("infer.py --wav no.wav", "no such file"), ("infer.py --wav HERE", "wav expected"),
     ("infer.py --wav bad\nname\x1b[2J.wav", "bad name"), ("infer.py --unknown", "unrecognized"),
+    ("infer.py --temperature 3", "--temperature: a number from 0 to 2"), ("infer.py --take -1", "--take: a whole number"),
+    ("train_vq.py --slots 3", "invalid choice"),
     ("infer.py --test --wav x.wav", "--test uses every test clip"),
     ("infer.py --test --out FILE", "folder to write into"),
     ("train_vq.py --steps 0", "--steps: a whole number from 1 to"),
