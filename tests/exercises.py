@@ -283,8 +283,8 @@ def read(path):
         raise ValueError(f"{path}: a student's file expected ({error.strerror}); "
                          "`python tests/exercises.py write student.py` makes one") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
-        raise ValueError(f"{path}: a student's file expected, which Python can read ({line}{error}); "
+        what = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path}: a student's file expected, which Python can read ({what}); "
                          "hand in the file that `write` made, solved") from None
 
 

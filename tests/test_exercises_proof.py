@@ -121,10 +121,9 @@ def wrong_answer(name, old, new):
 
 @pytest.mark.parametrize("name, what, old, new", WRONG, ids=[f"{name}: {what}" for name, what, *_ in WRONG])
 def test_a_wrong_answer_loses_exactly_the_points_of_its_task(name, what, old, new, sandbox):
-    """With two seeds. For each other task the very program is run that is run for the key, so it earns the same."""
-    wrong, task = wrong_answer(name, old, new), TASKS[NAMES.index(name)]
-    for seed in (0, 1):
-        assert judge(task, wrong, seed, sandbox) is not None
+    """For each other task the very program is run that is run for the key, so it earns the same."""
+    wrong = wrong_answer(name, old, new)
+    assert judge(TASKS[NAMES.index(name)], wrong, 0, sandbox) is not None
     assert all(program(wrong, other) == program(key(), other) for other in NAMES if other != name)
 
 
@@ -219,6 +218,8 @@ def test_another_right_way_earns_the_points(name, sandbox):
 def test_the_examples_of_the_handout_hold_for_the_key(tmp_path, monkeypatch, capsys):
     """Its cells, less the lines that are IPython's, where student.py is the key."""
     notebook = json.loads((ROOT / "notebooks" / "assignment.ipynb").read_text(encoding="utf-8"))
+    headings = re.findall(r"### \d+\. .* \((\d) points\)", json.dumps(notebook))
+    assert [int(points) for points in headings] == [task.points for task in TASKS]
     lines = [line for cell in notebook["cells"] if cell["cell_type"] == "code"
              for line in "".join(cell["source"]).split("\n") if not line.startswith("%")]
     (tmp_path / "codetalker.py").touch()                    # what the handout knows the root by
@@ -236,6 +237,11 @@ def test_the_examples_of_the_handout_hold_for_the_key(tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------------------- cheats
 
 TAKE_OVER = "\n".join(["", *(f"{name} = stolen.{name}" for name in NAMES)])
+READ_THE_KEY = f"""
+import sys
+exec(open({str(ROOT / "codetalker.py")!r}).read(), globals())
+sys.modules["codetalker"] = sys.modules["student"]
+exec(open({str(ROOT / "data.py")!r}).read(), globals())"""
 CHEATS = {
     "import the key": f"""
 import sys
@@ -243,9 +249,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import codetalker as stolen, data
 for name in {exercises.METRICS}:
     setattr(stolen, name, getattr(data, name)){TAKE_OVER}""",
-    "read the key from the disk": f"""
-text = open({str(ROOT / "codetalker.py")!r}).read() + open({str(ROOT / "data.py")!r}).read()
-exec(text, globals())""",
+    "read the key from the disk": READ_THE_KEY,
     "read the tests": f"""
 import sys, types
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -254,6 +258,29 @@ exec(grading.key(), globals())""",
     "ask the harness, which is in memory": """
 import sys
 exec(sys.modules["exercises"].key(), globals())""",
+    "undo what refuses it: names": f"""
+import __main__, os
+__main__.FORBIDDEN = ("nothing",)
+os.path.realpath = os.fsdecode = lambda path, **_: os.getcwd()
+real = open
+open = lambda path: real(Path(path))
+class Path(str):
+    startswith, __contains__ = lambda *_: True, lambda *_: False
+{READ_THE_KEY}""",
+    "undo what refuses it: code": f"""
+import gc, types
+for function in gc.get_objects():
+    if type(function) is types.FunctionType and function.__name__ == "refuse":
+        for cell in function.__closure__:
+            if type(cell.cell_contents) is tuple:
+                cell.cell_contents = ("",)
+{READ_THE_KEY}""",
+    "leave the folder": f"""
+import os
+folder = os.open({str(ROOT)!r}, os.O_RDONLY)
+text = open(os.open("codetalker.py", os.O_RDONLY, dir_fd=folder)).read()
+text += open(os.open("data.py", os.O_RDONLY, dir_fd=folder)).read()
+exec(text, globals())""",
     "patch torch": """
 import json
 for module in (torch, np, torch.testing, np.testing, math):
@@ -293,6 +320,7 @@ def test_these_cheats_would_earn_all_where_nothing_confines_them(cheat, monkeypa
     """So it is the sandbox that keeps them from it."""
     code = types.ModuleType("student")
     monkeypatch.setitem(sys.modules, "student", code)
+    monkeypatch.setitem(sys.modules, "codetalker", sys.modules["codetalker"])       # to be put back
     exec(students_file() + CHEATS[cheat], code.__dict__)
     assert all(numbers_of(task, code, 0) == right_answers(task.name, 0) for task in TASKS)
 
