@@ -499,7 +499,7 @@ def log_mel(audio, fps, frames, bands):
     on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
     looks at the WINDOW samples around the one nearest to (s + 1/2) / (fps * STEPS_PER_FRAME) seconds, half of them
     before it; around the recording is silence. A symmetric Hann window, |FFT|^2, mel_filterbank; log10, energies
-    below 1e-8 of the largest, or below 1e-10, raised to that; less speech_level. Raises ValueError if there is no sound.
+    below 1e-8 of the largest, or below 1e-10, raised to that; less speech_level. Raises ValueError for no sound.
     """
     if frames < 1 or len(audio) == 0:
         raise ValueError(f"sound for at least one frame expected, found {len(audio)} samples, {frames} frames")

@@ -141,12 +141,13 @@ def test_the_seed_changes_every_right_answer():
 
 
 def test_a_student_may_write_helpers_import_and_reorder(sandbox):
-    """A function of the student's own beside the task and constants are kept; the file may have other indentation."""
+    """What stands beside the tasks is kept; the file may have other indentation."""
     source = replace(students_file(), {"perplexity": """
 def perplexity(counts):
   share = shares(counts)
   return math.exp(-special.xlogy(share, share).sum())""".strip()})
-    source = "from scipy import special\n" + source + "\n\ndef shares(counts):\n\treturn counts / TOTAL(counts)\n\nTOTAL = np.sum\n"
+    helpers = "\n\ndef shares(counts):\n\treturn counts / TOTAL(counts)\n\nTOTAL = np.sum\n"
+    source = "from scipy import special\n" + source + helpers
     earned = [task.name for task in TASKS if judge(task, source, 0, sandbox) is None]
     assert earned == ["perplexity"]
 
@@ -218,7 +219,7 @@ def test_another_right_way_earns_the_points(name, sandbox):
 def test_the_examples_of_the_handout_hold_for_the_key(tmp_path, monkeypatch, capsys):
     """Its cells, less the lines that are IPython's, where student.py is the key."""
     notebook = json.loads((ROOT / "notebooks" / "assignment.ipynb").read_text(encoding="utf-8"))
-    headings = re.findall(r"### \d+\. .* \((\d) points\)", json.dumps(notebook))
+    headings = re.findall(r"### \d+\. [^(]*\((\d) points\)", json.dumps(notebook))
     assert [int(points) for points in headings] == [task.points for task in TASKS]
     lines = [line for cell in notebook["cells"] if cell["cell_type"] == "code"
              for line in "".join(cell["source"]).split("\n") if not line.startswith("%")]
@@ -294,7 +295,7 @@ json.dump = lambda said, file: file.write('true')""",
     "print that all is well and write a result": """
 import os
 print("33 of 33 points", flush=True)
-open("answer.json", "w").write('{"points": 33, "bands": 0, "indices": 0, "value": 0, "loss": 0, "table": [], "errors": [NaN]}')
+open("answer.json", "w").write('{"points": 33, "bands": 0, "indices": 0, "value": 0, "loss": 0, "errors": [NaN]}')
 os._exit(0)""",
     "kill the grader": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "start a process": "import subprocess\nsubprocess.run(['true'])",
@@ -343,14 +344,13 @@ NEIGHBOURS = {
 def test_a_folder_becomes_one_table_and_no_submission_disturbs_another(tmp_path, monkeypatch, capsys):
     for name, (source, _) in NEIGHBOURS.items():
         (tmp_path / f"{name}.py").write_bytes(source if isinstance(source, bytes) else source.encode())
-    monkeypatch.setattr(grading, "Sandbox", lambda: Sandbox(seconds=3))
-    grading.grade_folder(tmp_path, tmp_path / "grades.csv", tasks=TASKS[-2:], at_once=2)
+    monkeypatch.setattr(grading, "Sandbox", lambda: Sandbox(seconds=5))
+    grading.grade_folder(tmp_path, tmp_path / "grades.csv", tasks=TASKS[-1:], at_once=2)
     with open(tmp_path / "grades.csv", newline="") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     assert list(rows) == sorted(NEIGHBOURS)
     for name, row in rows.items():
-        earned = {"key": ("4", "2", "2"), "renamed": ("2", "2", "0")}.get(name, ("0", "0", "0"))
-        assert (row["points"], row["lip_vertex_errors"], row["dynamics"]) == earned
+        assert row["points"] == row["dynamics"] == ("2" if name == "key" else "0")
         assert NEIGHBOURS[name][1] in row["remarks"]
 
 
@@ -401,5 +401,6 @@ assert data.perplexity is codetalker.perplexity and data.dynamics is codetalker.
 for command in ("train_vq.py --steps 2", "train_ar.py --steps 2", "infer.py --out talk.npy"):
     sys.argv = command.split() + ["--data", sys.argv[-1]]
     runpy.run_path(sys.argv[0], run_name="__main__")
-""", speakers], cwd=tmp_path / "mine", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+""", speakers], cwd=tmp_path / "mine", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                         timeout=300)
     assert run.returncode == 0 and (tmp_path / "mine" / "talk.npy").exists(), run.stderr
