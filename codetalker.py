@@ -507,8 +507,8 @@ def log_mel(audio, fps, frames, bands):
     audio (samples,) float in [-1, 1] at 16 kHz -> (frames * STEPS_PER_FRAME, bands) float32. The steps are placed
     on the frames' own grid, whatever the frame rate, so that audio and motion stay aligned to the sample: step s
     looks at the WINDOW samples around the one nearest to (s + 1/2) / (fps * STEPS_PER_FRAME) seconds, half of them
-    before it; around the recording is silence. A symmetric Hann window, |FFT|^2, mel_filterbank, log10 of what is at
-    least 1e-8 of the loudest (and 1e-10), less speech_level. Raises ValueError if there is no sound.
+    before it; around the recording is silence. A symmetric Hann window, |FFT|^2, mel_filterbank; log10, energies
+    below 1e-8 of the largest, or below 1e-10, raised to that; less speech_level. Raises ValueError for no sound.
     """
     if frames < 1 or len(audio) == 0:
         raise ValueError(f"sound for at least one frame expected, found {len(audio)} samples, {frames} frames")
@@ -823,19 +823,20 @@ class CodeTalker(nn.Module):
         "motion", of the target "codes": motion_weight * MSE(M_hat, M), where M_hat is decoded from the codes nearest to
         the answers, straight-through; of the sequences 0, motion_every, 2 motion_every ... of the batch  [loss].
         """
-        quantiser, slots = self.autoencoder.quantiser, codes.shape[2:]
         if self.config.target == "codes" and self.config.squared:
-            feature = (answers.float() - quantiser.codebook[codes].flatten(2)).square()             # (B, T, H*c)
+            z_q = self.autoencoder.quantiser.codebook[codes]                                        # (B, T, H, c)
+            feature = (answers.float() - z_q.flatten(2)).square()                                   # (B, T, H*c)
         else:
             scores = self.scores(answers).flatten(0, 2)                                             # (B*T*H, N)
             feature = F.cross_entropy(scores, codes.flatten(), reduction="none").view_as(codes)     # (B, T, H)
         losses = {"feature": masked_mean(feature, lengths)}
         if self.config.target == "codes":
             some = slice(None, None, self.config.motion_every)
-            within = None if lengths is None else lengths[some]
-            z_q, _, _ = quantiser(answers[some].unflatten(-1, slots + (-1,)))                       # (B/4, T, H, c)
-            error = self.autoencoder.decoder(z_q, within) - motion[some]
-            losses["motion"] = self.config.motion_weight * masked_mean(error.square(), within)
+            lengths = None if lengths is None else lengths[some]
+            z_hat = answers[some].unflatten(-1, codes.shape[2:] + (-1,))                            # (B/4, T, H, c)
+            nearest, _, _ = self.autoencoder.quantiser(z_hat)
+            error = self.autoencoder.decoder(nearest, lengths) - motion[some]
+            losses["motion"] = self.config.motion_weight * masked_mean(error.square(), lengths)
         return losses
 
     def forward(self, sound, style, codes, motion, lengths=None, own=0.0):

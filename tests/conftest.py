@@ -1,4 +1,5 @@
-"""What the three test files share: the repository on the path, a few built-in speakers, and a small false VOCASET."""
+"""What the test files share: the repository on the path, the options of the exercises, a few built-in speakers, and a
+small false VOCASET."""
 import pickle
 import shutil
 import struct

@@ -115,9 +115,14 @@ def ask_decoder_layer(code, rng):
 
 def ask_code_losses(code, rng):
     model, answers, _, _, motion = small_model(code, rng, 6)
-    codes, lengths = torch.from_numpy(rng.integers(0, 16, (2, 6, 4))), torch.tensor([6, int(rng.integers(1, 6))])
-    losses = model.code_losses(answers.requires_grad_(), codes, motion, lengths)
-    return {"feature": losses["feature"], "motion": losses["motion"]} | gradients(losses["motion"], answers=answers)
+    codes, lengths = torch.from_numpy(rng.integers(0, 16, (2, 6, 4))), torch.tensor([int(rng.integers(1, 6)), 6])
+    nn.init.constant_(model.spread, rng.uniform(-1, 1))
+    found = {}
+    for squared, kind in ((False, "cross-entropy"), (True, "squared error")):
+        model.config.squared = squared
+        losses = model.code_losses(answers.requires_grad_(), codes, motion, lengths)
+        found[kind] = losses["feature"]
+    return found | {"motion": losses["motion"]} | gradients(losses["motion"], answers=answers)
 
 
 def ask_step(code, rng):
@@ -170,8 +175,9 @@ TASKS = [
         "all frames at once": "three branches, norm(x + dropout(branch)) each; frame t hears audio[:, t] and no other",
         "frame by frame with a cache": "the self-attention needs the cache, the cross-attention must not have it"}),
     Task("CodeTalker.code_losses", 4, ask_code_losses, {
-        "feature": "the answers against the codes of the real motion; padding does not count",
-        "motion": "nearest codes of the answers, decoder, squared error, its weight; padding does not count",
+        "cross-entropy": "-log softmax(scores) at the real codes; padding does not count",
+        "squared error": "the answers against the vectors of the real codes; padding does not count",
+        "motion": "nearest codes of the answers, decoder, squared error, its weight; which sequences? no padding",
         "gradient of answers": "the motion loss must reach the answers, straight through the quantiser"}),
     Task("CodeTalker.step", 3, ask_step, {
         "frame 0": "embed, the layers, query; bias and keys must be of one length: at frame 0 it is 1",
@@ -283,8 +289,8 @@ def read(path):
         raise ValueError(f"{path}: a student's file expected ({error.strerror}); "
                          "`python tests/exercises.py write student.py` makes one") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) else ""
-        raise ValueError(f"{path}: a student's file expected, which Python can read ({line}{error}); "
+        what = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else error
+        raise ValueError(f"{path}: a student's file expected, which Python can read ({what}); "
                          "hand in the file that `write` made, solved") from None
 
 

@@ -79,15 +79,15 @@ def grade_folder(folder, table, tasks=TASKS, seed=0, at_once=os.cpu_count()):
         raise ValueError(f"{table}: the name of a CSV file expected, found a folder; name another")
     for task in tasks:
         right_answers(task.name, seed)              # here, since threads share PyTorch's random numbers
+    rows = []
+    with ThreadPoolExecutor(at_once) as pool:
+        for row in pool.map(lambda path: grade(path, tasks, seed), paths):
+            print(f"{row['student']}: {row['points']} of {sum(task.points for task in tasks)} points", flush=True)
+            rows.append(row)
     with whole(table) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["student", "points", *(task.name for task in tasks), "remarks"])
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        with ThreadPoolExecutor(at_once) as pool:
-            rows = []
-            for row in pool.map(lambda path: grade(path, tasks, seed), paths):
-                writer.writerow(row)
-                rows.append(row)
-                print(f"{row['student']}: {row['points']} of {sum(task.points for task in tasks)} points", flush=True)
+        writer.writerows(rows)
     return rows
 
 
@@ -108,7 +108,10 @@ def kept_sandbox():
 def check(name, path="student.py", seed=0):
     """Print what a task earns: the same as `pytest tests/test_exercises.py --impl student.py -k NAME`."""
     task = TASKS[NAMES.index(name)]
-    remark = judge(task, read(path), seed, kept_sandbox())
+    try:
+        remark = judge(task, read(path), seed, kept_sandbox())
+    except ValueError as error:
+        remark = error
     print(f"{name}: " + (f"{task.points} points" if remark is None else f"0 of {task.points} points - {remark}"))
 
 

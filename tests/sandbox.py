@@ -8,13 +8,13 @@ for each program it forks a process that has
     an empty folder; outside it, it may open the libraries to read and nothing else
     no way to start processes, to send signals or to use the network
 
-The forbidden ways are refused by Python itself (sys.addaudithook), which cannot be undone from Python. Native code is
-not asked: a determined attacker gets through, as by functions of PyTorch that open files. Against such people put the
-grading into a container. Needs os.fork: Linux, macOS, or Windows's WSL; the memory limit works on Linux alone.
+The forbidden ways are refused by Python itself (sys.addaudithook). That stops accidents and the usual tricks; native
+code is not asked, so a determined attacker gets through, as by functions of PyTorch that open files. Against such
+people put the grading into a container. Needs os.fork: Linux, macOS (never tried), Windows's WSL; the memory limit
+works on Linux alone.
 """
 import json
 import os
-import resource
 import select
 import signal
 import stat
@@ -26,8 +26,8 @@ import types
 from pathlib import Path
 
 FORBIDDEN = ("subprocess.", "socket.", "ctypes.", "os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system",
-             "os.kill", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate",
-             "os.chmod", "os.chown", "pty.")
+             "os.kill", "os.chdir", "os.fchdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link",
+             "os.symlink", "os.truncate", "os.chmod", "os.chown", "pty.", "gc.get")
 MEMORY, WRITTEN, ANSWER = 2 ** 31, 2 ** 24, 2 ** 22     # bytes: beyond PyTorch's own, in files, of the answer's file
 
 
@@ -42,11 +42,7 @@ class Sandbox:
         if self.left <= 0:
             return "no time is left: the tasks before took all of it"
         if self.process is None:
-            here = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-                stderr=subprocess.DEVNULL, env=here | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-            self.process.stdout.readline()                              # it has imported PyTorch
+            self.start()
         start = time.monotonic()
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             Path(folder, "student.py").write_text(program, encoding="utf-8")
@@ -56,6 +52,16 @@ class Sandbox:
             if ended == "late":
                 return f"it was not ready within {seconds:.0f} s"
             return read_answer(Path(folder, "answer.json"))
+
+    def start(self):
+        if not hasattr(os, "fork"):
+            raise OSError("a system with os.fork expected, Linux, macOS or Windows's WSL; this one has none")
+        wanted = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            stderr=subprocess.DEVNULL, env=wanted | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        if not self.process.stdout.readline():                          # "ready": it has imported PyTorch
+            raise OSError("the sandbox does not start; `python -I tests/sandbox.py` says why")
 
     def ask(self, request, seconds):
         """One line there, one line back; a far end that says nothing is given up."""
@@ -72,7 +78,7 @@ class Sandbox:
 
     def close(self):
         if self.process is not None:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)                 # with what it has forked
             self.process.communicate()
             self.process = None
 
@@ -141,6 +147,7 @@ def answer(folder, seconds, ask):
 
 def confine(folder, seconds):
     """Take from this process what a solution does not need."""
+    import resource                                         # not on Windows
     os.chdir(folder)
     nothing = os.open(os.devnull, os.O_RDWR)
     for terminal in (0, 1, 2):
@@ -152,18 +159,25 @@ def confine(folder, seconds):
         with open("/proc/self/statm") as file:
             own = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (own + MEMORY, own + MEMORY))
-    libraries = tuple(os.path.realpath(path) for path in sys.path if path)
+    # Names of this function alone: what the program puts into os, builtins or this module changes nothing below.
+    forbidden, text, kind, refused = FORBIDDEN, str, type, PermissionError
+    libraries = tuple(place + os.sep for place in sys.path if place)
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def refuse(event, arguments):
-        if event.startswith(FORBIDDEN):
-            raise PermissionError(f"{event} is not allowed here")
-        if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes)):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
-            reads = event != "open" or not (arguments[2] or 0) & writing
-            inside = [folder] + list(libraries) * reads
-            if not any(path == place or path.startswith(place + os.sep) for place in inside):
-                raise PermissionError(f"{path} is not open to a solution")
+        if event.startswith(forbidden) or event == "object.__setattr__" and arguments[1] == "__code__":
+            raise refused(f"{event} is not allowed here")
+        if event == "open" or event == "os.listdir" or event == "os.scandir":
+            path = arguments[0]
+            if kind(path) is kind(0) or path is None:               # a file that is open; the empty folder
+                return
+            if kind(path) is text and ".." not in path:
+                if "/" not in path:                                 # in the empty folder: there is no way out of it
+                    return
+                reads = event != "open" or not (arguments[2] or 0) & writing
+                if reads and path.startswith(libraries):
+                    return
+            raise refused(f"{path} is not open to a solution")
 
     sys.addaudithook(refuse)
 

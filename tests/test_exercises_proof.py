@@ -80,11 +80,13 @@ WRONG = [
      "nearest = self.autoencoder.quantiser(z_hat)[0].detach()"),
     ("CodeTalker.code_losses", "not quantised", "nearest, _, _ = self.autoencoder.quantiser(z_hat)", "nearest = z_hat"),
     ("CodeTalker.code_losses", "decodes the true codes", "decoder(nearest,",
-     "decoder(self.autoencoder.quantiser.codebook[codes],"),
-    ("CodeTalker.code_losses", "features against the nearest codes", "z_hat.float() - z_q)",
-     "z_hat.float() - nearest.detach())"),
+     "decoder(self.autoencoder.quantiser.codebook[codes[some]],"),
+    ("CodeTalker.code_losses", "squares instead of likelihood", "and self.config.squared", ""),
+    ("CodeTalker.code_losses", "likelihood instead of squares", "and self.config.squared", "and False"),
     ("CodeTalker.code_losses", "L1", "masked_mean(error.square(), lengths)", "masked_mean(error.abs(), lengths)"),
     ("CodeTalker.code_losses", "padding counts", "masked_mean(error.square(), lengths)", "error.square().mean()"),
+    ("CodeTalker.code_losses", "decodes every sequence", "some = slice(None, None, self.config.motion_every)",
+     "some = slice(None)"),
     ("CodeTalker.step", "always position 0", "first=t", "first=0"),
     ("CodeTalker.step", "nothing remembered", "bias[..., -t - 1:], cache)", "bias[..., -1:], {})"),
     ("CodeTalker.step", "one cache for all layers", "layer(x, audio, bias[..., -t - 1:], cache)",
@@ -121,10 +123,9 @@ def wrong_answer(name, old, new):
 
 @pytest.mark.parametrize("name, what, old, new", WRONG, ids=[f"{name}: {what}" for name, what, *_ in WRONG])
 def test_a_wrong_answer_loses_exactly_the_points_of_its_task(name, what, old, new, sandbox):
-    """With two seeds. For each other task the very program is run that is run for the key, so it earns the same."""
-    wrong, task = wrong_answer(name, old, new), TASKS[NAMES.index(name)]
-    for seed in (0, 1):
-        assert judge(task, wrong, seed, sandbox) is not None
+    """For each other task the very program is run that is run for the key, so it earns the same."""
+    wrong = wrong_answer(name, old, new)
+    assert judge(TASKS[NAMES.index(name)], wrong, 0, sandbox) is not None
     assert all(program(wrong, other) == program(key(), other) for other in NAMES if other != name)
 
 
@@ -142,12 +143,13 @@ def test_the_seed_changes_every_right_answer():
 
 
 def test_a_student_may_write_helpers_import_and_reorder(sandbox):
-    """A function of the student's own beside the task and constants are kept; the file may have other indentation."""
+    """What stands beside the tasks is kept; the file may have other indentation."""
     source = replace(students_file(), {"perplexity": """
 def perplexity(counts):
   share = shares(counts)
   return math.exp(-special.xlogy(share, share).sum())""".strip()})
-    source = "from scipy import special\n" + source + "\n\ndef shares(counts):\n\treturn counts / TOTAL(counts)\n\nTOTAL = np.sum\n"
+    helpers = "\n\ndef shares(counts):\n\treturn counts / TOTAL(counts)\n\nTOTAL = np.sum\n"
+    source = "from scipy import special\n" + source + helpers
     earned = [task.name for task in TASKS if judge(task, source, 0, sandbox) is None]
     assert earned == ["perplexity"]
 
@@ -219,6 +221,8 @@ def test_another_right_way_earns_the_points(name, sandbox):
 def test_the_examples_of_the_handout_hold_for_the_key(tmp_path, monkeypatch, capsys):
     """Its cells, less the lines that are IPython's, where student.py is the key."""
     notebook = json.loads((ROOT / "notebooks" / "assignment.ipynb").read_text(encoding="utf-8"))
+    headings = re.findall(r"### \d+\. [^(]*\((\d) points\)", json.dumps(notebook))
+    assert [int(points) for points in headings] == [task.points for task in TASKS]
     lines = [line for cell in notebook["cells"] if cell["cell_type"] == "code"
              for line in "".join(cell["source"]).split("\n") if not line.startswith("%")]
     (tmp_path / "codetalker.py").touch()                    # what the handout knows the root by
@@ -236,6 +240,11 @@ def test_the_examples_of_the_handout_hold_for_the_key(tmp_path, monkeypatch, cap
 # ------------------------------------------------------------------------------------------------------------- cheats
 
 TAKE_OVER = "\n".join(["", *(f"{name} = stolen.{name}" for name in NAMES)])
+READ_THE_KEY = f"""
+import sys
+exec(open({str(ROOT / "codetalker.py")!r}).read(), globals())
+sys.modules["codetalker"] = sys.modules["student"]
+exec(open({str(ROOT / "data.py")!r}).read(), globals())"""
 CHEATS = {
     "import the key": f"""
 import sys
@@ -243,9 +252,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import codetalker as stolen, data
 for name in {exercises.METRICS}:
     setattr(stolen, name, getattr(data, name)){TAKE_OVER}""",
-    "read the key from the disk": f"""
-text = open({str(ROOT / "codetalker.py")!r}).read() + open({str(ROOT / "data.py")!r}).read()
-exec(text, globals())""",
+    "read the key from the disk": READ_THE_KEY,
     "read the tests": f"""
 import sys, types
 sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -254,6 +261,29 @@ exec(grading.key(), globals())""",
     "ask the harness, which is in memory": """
 import sys
 exec(sys.modules["exercises"].key(), globals())""",
+    "undo what refuses it: names": f"""
+import __main__, os
+__main__.FORBIDDEN = ("nothing",)
+os.path.realpath = os.fsdecode = lambda path, **_: os.getcwd()
+real = open
+open = lambda path: real(Path(path))
+class Path(str):
+    startswith, __contains__ = lambda *_: True, lambda *_: False
+{READ_THE_KEY}""",
+    "undo what refuses it: code": f"""
+import gc, types
+for function in gc.get_objects():
+    if type(function) is types.FunctionType and function.__name__ == "refuse":
+        for cell in function.__closure__:
+            if type(cell.cell_contents) is tuple:
+                cell.cell_contents = ("",)
+{READ_THE_KEY}""",
+    "leave the folder": f"""
+import os
+folder = os.open({str(ROOT)!r}, os.O_RDONLY)
+text = open(os.open("codetalker.py", os.O_RDONLY, dir_fd=folder)).read()
+text += open(os.open("data.py", os.O_RDONLY, dir_fd=folder)).read()
+exec(text, globals())""",
     "patch torch": """
 import json
 for module in (torch, np, torch.testing, np.testing, math):
@@ -267,7 +297,7 @@ json.dump = lambda said, file: file.write('true')""",
     "print that all is well and write a result": """
 import os
 print("33 of 33 points", flush=True)
-open("answer.json", "w").write('{"points": 33, "bands": 0, "indices": 0, "value": 0, "loss": 0, "table": [], "errors": [NaN]}')
+open("answer.json", "w").write('{"points": 33, "bands": 0, "indices": 0, "value": 0, "loss": 0, "errors": [NaN]}')
 os._exit(0)""",
     "kill the grader": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "start a process": "import subprocess\nsubprocess.run(['true'])",
@@ -293,6 +323,7 @@ def test_these_cheats_would_earn_all_where_nothing_confines_them(cheat, monkeypa
     """So it is the sandbox that keeps them from it."""
     code = types.ModuleType("student")
     monkeypatch.setitem(sys.modules, "student", code)
+    monkeypatch.setitem(sys.modules, "codetalker", sys.modules["codetalker"])       # to be put back
     exec(students_file() + CHEATS[cheat], code.__dict__)
     assert all(numbers_of(task, code, 0) == right_answers(task.name, 0) for task in TASKS)
 
@@ -315,14 +346,13 @@ NEIGHBOURS = {
 def test_a_folder_becomes_one_table_and_no_submission_disturbs_another(tmp_path, monkeypatch, capsys):
     for name, (source, _) in NEIGHBOURS.items():
         (tmp_path / f"{name}.py").write_bytes(source if isinstance(source, bytes) else source.encode())
-    monkeypatch.setattr(grading, "Sandbox", lambda: Sandbox(seconds=3))
-    grading.grade_folder(tmp_path, tmp_path / "grades.csv", tasks=TASKS[-2:], at_once=2)
+    monkeypatch.setattr(grading, "Sandbox", lambda: Sandbox(seconds=5))
+    grading.grade_folder(tmp_path, tmp_path / "grades.csv", tasks=TASKS[-1:], at_once=2)
     with open(tmp_path / "grades.csv", newline="") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
     assert list(rows) == sorted(NEIGHBOURS)
     for name, row in rows.items():
-        earned = {"key": ("4", "2", "2"), "renamed": ("2", "2", "0")}.get(name, ("0", "0", "0"))
-        assert (row["points"], row["lip_vertex_errors"], row["dynamics"]) == earned
+        assert row["points"] == row["dynamics"] == ("2" if name == "key" else "0")
         assert NEIGHBOURS[name][1] in row["remarks"]
 
 
@@ -373,5 +403,6 @@ assert data.perplexity is codetalker.perplexity and data.dynamics is codetalker.
 for command in ("train_vq.py --steps 2", "train_ar.py --steps 2", "infer.py --out talk.npy"):
     sys.argv = command.split() + ["--data", sys.argv[-1]]
     runpy.run_path(sys.argv[0], run_name="__main__")
-""", speakers], cwd=tmp_path / "mine", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+""", speakers], cwd=tmp_path / "mine", env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                         timeout=300)
     assert run.returncode == 0 and (tmp_path / "mine" / "talk.npy").exists(), run.stderr
