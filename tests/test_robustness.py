@@ -425,6 +425,20 @@ def test_a_full_disk_leaves_no_part(refused, tiny, trained, ending):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
+def test_a_checkpoint_takes_its_name_in_one_move(trained, tmp_path):
+    """Written over in place it would be half there at some instant; a file that is moved there is another file."""
+    path = tmp_path / "vq.pt"
+    model, state = codetalker.load(trained / "vq/best.pt", "vq")
+    codetalker.save(path, model, **state)
+    before = path.stat().st_ino
+    with open(path, "rb") as old:
+        first = old.read()
+        codetalker.save(path, model, **state)
+        old.seek(0)
+        assert old.read() == first and path.stat().st_ino != before
+    assert not list(tmp_path.glob(".part-*"))
+
+
 @pytest.mark.parametrize("stage", ["vq", "ar"])
 def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tiny, trained, tmp_path, capsys, stage):
     shutil.copytree(trained, tmp_path / "run")
