@@ -301,3 +301,26 @@ def test_a_process_of_its_own_ends_so_too(elsewhere):
     told = subprocess.run([sys.executable, "-B", ROOT / "infer.py", "--ar", "nowhere.pt"], capture_output=True, text=True)
     assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
     assert told.stderr.startswith("error: nowhere.pt") and not list(elsewhere.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- the trial
+
+
+def test_the_trial_makes_its_table_of_what_it_trained(speakers, tmp_path, monkeypatch):
+    """Two seeds of one row, and a second row on its dictionaries; every cell is the mean of what evaluations found."""
+    import trial
+    monkeypatch.setattr(trial, "ROWS", {"codes": ("--steps 2", "--steps 2", (0.8, 0.0)),
+                                        "own": ("--steps 2", "--steps 2 --own 0", (0.8,))})
+    trial.main(trial.parser.parse_args(["--data", str(speakers), "--out", str(tmp_path), "--seeds", "2"]))
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                      for line in (tmp_path / "table.md").read_text().splitlines()]
+    assert [row[0] for row in rows] == ["codes", "codes, likeliest", "own"]
+    for row, folders, kept in zip(rows, (("codes_0", "codes_1"), ("codes_0", "codes_1"), ("own_0",)),
+                                  ("test_0.8.json", "test_0.json", "test_0.8.json")):
+        found = [json.loads((tmp_path / folder / kept).read_text()) for folder in folders]
+        for column, key in (("LVE mm2", "lve"), ("energy", "energy"), ("codes in use", "codes_used")):
+            cell = row[head.index(column)].split(" ±")
+            assert float(cell[0]) == pytest.approx(np.mean([figures[key] for figures in found]), rel=0.01)
+            assert len(cell) == len(found)
+    assert sorted(path.name for path in tmp_path.glob("vq*")) == ["vq--steps2_0", "vq--steps2_1"]
+    assert Image.open(tmp_path / "figure.png").size[0] > 500
