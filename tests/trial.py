@@ -93,7 +93,8 @@ def evaluate(folder, temperature, data_folder):
         styles = [data.subjects[i % len(data.subjects)] for i in range(len(clips))]
         made = [generate_clips(model, data, clips, styles)[0] for _ in range(TAKES)]
         made = [[data.vertices(take[i], clip.subject) for take in made] for i, clip in enumerate(clips)]
-        real = [[make_clip(seed, clip.subject, int(clip.sentence), take)[1] for take in range(TAKES)] for clip in clips]
+        real = [[make_clip(seed, clip.subject, int(clip.sentence.removeprefix("sentence")), take)[1]
+                 for take in range(TAKES)] for clip in clips]
         made, real = ([diversity(np.stack(takes)[:, :, data.upper_face]) for takes in side] for side in (made, real))
         figures["diversity"] = sum(made) / sum(real)
     kept.write_text(json.dumps(figures, indent=1))
