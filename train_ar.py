@@ -36,8 +36,8 @@ parser.add_argument("--rate", type=between(1e-9, 1), default=2e-3, help="learnin
 parser.add_argument("--halve-every", type=positive, default=330,
                     help="steps after which the rate halves (default: %(default)s)")
 parser.add_argument("--target", choices=["codes", "vertices", "indices"], default="codes",
-                    help="what the transformer answers: a feature whose nearest code is taken (the paper), the vertices "
-                         "themselves (no codebook), or a score for every code (default: %(default)s)")
+                    help="what the transformer answers: a feature, for whose nearest codes it stands (the paper); the "
+                         "vertices themselves (no codebook); or a score for every code (default: %(default)s)")
 parser.add_argument("--history", choices=["codes", "motion"], default=None,
                     help="what is fed back to it (default: codes; with --target vertices the motion)")
 parser.add_argument("--own", type=between(0, 1), default=0.4,
