@@ -110,10 +110,9 @@ def draw(path, table):
             colour = f"C{i % 10}"
             axis.plot([f["lve"] for f in figures], [f[name] for f in figures], ".", color=colour, alpha=0.4)
             middle = [np.mean([f[key] for f in figures]) for key in ("lve", name)]
-            axis.plot(*middle, "o", color=colour)
-            axis.annotate(row, middle, (4, 4), textcoords="offset points", fontsize=8)
+            axis.plot(*middle, "o", color=colour, label=row)
         axis.set(xlabel="lip error, LVE (mm2)", ylabel=label)
-        axis.margins(0.15)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
@@ -143,8 +142,8 @@ def main(args):
         cells = []
         for key in COLUMNS:
             values = np.array([f[key] for f in figures], dtype=float)
-            spread = f" ±{np.abs(values - values.mean()).max():.2g}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3g}{spread}")
+            spread = f" ±{np.abs(values - values.mean()).max().round(3):.1g}" if len(values) > 1 else ""
+            cells.append(f"{values.mean().round(3):#.3g}".rstrip(".") + spread)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     draw(args.out / "figure.png", table)
