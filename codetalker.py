@@ -801,9 +801,9 @@ class CodeTalker(nn.Module):
         """Answers (B, T, H*c or H*N) -> codes (B, T, H): at temperature 0 the likeliest; above it they are drawn at
         random, the likelier the oftener, at 1 as often as in the training data [chance]."""
         scores = self.scores(answers)
-        if temperature == 0:
-            return scores.argmax(-1)
-        return (scores / temperature).softmax(-1).flatten(0, 2).multinomial(1).view(scores.shape[:-1])
+        if temperature > 0:     # the largest of scores / temperature + Gumbel noise is a draw from their softmax
+            scores = scores - temperature * torch.empty_like(scores).exponential_().log()
+        return scores.argmax(-1)
 
     def feed_back(self, answers):
         """Answers to whole sequences -> what the next frames are told of them, (B, T, H*c or V*3)."""

@@ -349,7 +349,7 @@ FLAGS = [               # HERE is an empty folder, FILE a file
     ("train_vq.py --out RUN/vq --resume --seed 1", "--seed: the run to be resumed has 0"),
     ("train_vq.py --out RUN/vq --resume --batch 5", "--batch: the run to be resumed has 4"),
     ("train_vq.py --out RUN/ar --resume", "a checkpoint of train_vq.py expected"),
-    ("train_ar.py --out RUN/ar --resume --own 0.5", "--own: the run to be resumed has 0.85"),
+    ("train_ar.py --out RUN/ar --resume --own 0.5", "--own: the run to be resumed has 0.4"),
     ("train_ar.py --out RUN/ar --resume --window 25", "--window: the run to be resumed has 24"),
 ]
 
