@@ -983,7 +983,7 @@ def check_config(config, weights):
     for name, value in [*asdict(config).items(), *(getattr(config, "wav2vec2", None) or {}).items()]:
         kind = types.get(name, int)                         # the sizes of wav2vec 2.0 are whole numbers as well
         least, most = int(kind is int), len(weights) if name.endswith("layers") else 2 ** 31
-        if not isinstance(value, kind) or kind in (int, float) and not least <= value <= most:
+        if not isinstance(value, kind) or kind is int and value is True or kind in (int, float) and not least <= value <= most:
             raise ValueError(f"{name} is {value}")
 
 

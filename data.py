@@ -1753,13 +1753,14 @@ def warn_of_collapse(figures, codes, step, hears=True):
 
     figures: score() of an evaluation; codes: N; hears: whether the motion was made from audio (stage 2). Healthy runs
     keep far from these limits: at step 150 or later a perplexity above N / 4, energy 0.7, lip error 4 times as large.
+    Codes that are drawn tremble where nothing is learnt: energy 0.1.
     """
     heard = figures["lve_swapped"] / max(figures["lve"], 1e-12)
     signs = (
         (figures["perplexity"] < codes / 10,
          f"codes die: perplexity {figures['perplexity']:.1f} of {codes}; likely --rate is too high, or dead codes "
          "are not revived (--revive-every)"),
-        (figures["energy"] < 0.1,
+        (figures["energy"] < 0.2,
          f"motion freezes: {figures['energy']:.3f} of the real energy; likely --rate is too high (above 1e-5 for "
          "wav2vec 2.0), or vertices are on a wrong scale (python data.py check FOLDER)"),
         (hears and heard < 1.2,

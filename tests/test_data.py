@@ -361,8 +361,8 @@ def test_every_test_split_has_its_table_and_its_figures(biwi, tmp_path, monkeypa
     dataset = data.DataSet(biwi)
     figures = {split: {name: number + i / 8 for i, name in enumerate(infer.FIGURES)}
                for number, split in enumerate(dataset.splits)}
-    monkeypatch.setattr(infer, "evaluate_generation", lambda model, data, split, every_style: figures[split])
-    infer.test(None, dataset, tmp_path, None)
+    monkeypatch.setattr(infer, "evaluate_generation", lambda model, data, split, every_style, take: figures[split])
+    infer.test(None, dataset, tmp_path, None, 0)
     said = capsys.readouterr().out
     assert re.findall(r"(\w+): (\d+) clips, (\d+) frames, 2 vertices \(1 lip, 2 upper-face\), 5 styles", said) == [
         ("test", "20", "240"), ("test_b", "12", "144")]
