@@ -666,7 +666,7 @@ def prepare(audio, fps, frames, config):
 def periodic_positions(period, width, device="cpu"):
     """Sinusoids that repeat every `period` frames, so that no length is ever out of range (Fan et al. 2022).
 
-    One period of them, (period, width) float32; frame t takes row t mod period:
+    One period of them, (period, width) float32 on `device`; frame t takes row t mod period:
     P[t, 2i] = sin(t / 10000^(2i / width)), P[t, 2i + 1] = the cosine of the same.
     """
     angle = torch.arange(period)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)   # (period, width / 2)
@@ -818,10 +818,10 @@ class CodeTalker(nn.Module):
         """The losses of the code query, a dict of means over all real frames. answers (B, T, H*c or H*N), and of the
         real motion (B, T, V*3) its codes (B, T, H).
 
-        "feature": the cross-entropy of the real codes given `scores`; or, with config.squared, the paper's
-        MSE(z_hat, z_q), the answers against the real codes' vectors  [loss].
-        "motion", of the target "codes": motion_weight * MSE(M_hat, M), where M_hat is decoded from the codes nearest to
-        the answers, straight-through; of the sequences 0, motion_every, 2 motion_every ... of the batch  [loss].
+        "feature": the cross-entropy of the real codes given `scores`; or, with config.squared and the target "codes",
+        the paper's MSE(z_hat, z_q), the answers against the real codes' vectors  [loss].
+        "motion", only with the target "codes": motion_weight * MSE(M_hat, M), where M_hat is decoded from the codes
+        nearest to the answers, straight-through; of the sequences 0, motion_every, 2 motion_every ...  [loss].
         """
         if self.config.target == "codes" and self.config.squared:
             z_q = self.autoencoder.quantiser.codebook[codes]                                        # (B, T, H, c)
@@ -983,7 +983,8 @@ def check_config(config, weights):
     for name, value in [*asdict(config).items(), *(getattr(config, "wav2vec2", None) or {}).items()]:
         kind = types.get(name, int)                         # the sizes of wav2vec 2.0 are whole numbers as well
         least, most = int(kind is int), len(weights) if name.endswith("layers") else 2 ** 31
-        if not isinstance(value, kind) or kind is int and value is True or kind in (int, float) and not least <= value <= most:
+        is_number = kind in (int, float)
+        if not isinstance(value, kind) or is_number and (value is True or not least <= value <= most):
             raise ValueError(f"{name} is {value}")
 
 

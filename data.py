@@ -1499,7 +1499,7 @@ def dynamics(motion, upper_face):
     """Mean over the upper face's vertices of the standard deviation over time of the squared displacement.
 
     FDD, the upper-face dynamics deviation, is this of the real motion minus this of the generated (CodeTalker's
-    measure). motion (T, V, 3) -> float."""
+    measure). motion (T, V, 3) is displacement from the template; the deviation is over all T (no n - 1) -> float."""
     return float(np.square(motion[:, upper_face]).sum(-1).std(0).mean())
 
 

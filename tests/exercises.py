@@ -93,7 +93,8 @@ def ask_perplexity(code, rng):
 
 def ask_periodic_positions(code, rng):
     period, width = int(rng.integers(5, 30)), 2 * int(rng.integers(3, 10))
-    return {"table": code.periodic_positions(period, width)}
+    table = code.periodic_positions(period, width)
+    return {"table": table, "kind": torch.tensor(float(table.dtype == torch.float32))}
 
 
 def ask_causal_bias(code, rng):
@@ -114,13 +115,15 @@ def ask_decoder_layer(code, rng):
 
 
 def ask_code_losses(code, rng):
-    model, answers, _, _, motion = small_model(code, rng, 6)
-    codes, lengths = torch.from_numpy(rng.integers(0, 16, (2, 6, 4))), torch.tensor([int(rng.integers(1, 6)), 6])
+    model, *_ = small_model(code, rng, 6)
+    model.config.motion_every = 2
     nn.init.constant_(model.spread, rng.uniform(-1, 1))
+    answers, motion = normal(rng, 5, 6, 16).requires_grad_(), normal(rng, 5, 6, 15)
+    codes, lengths = torch.from_numpy(rng.integers(0, 16, (5, 6, 4))), torch.from_numpy(rng.integers(1, 7, 5))
     found = {}
     for squared, kind in ((False, "cross-entropy"), (True, "squared error")):
         model.config.squared = squared
-        losses = model.code_losses(answers.requires_grad_(), codes, motion, lengths)
+        losses = model.code_losses(answers, codes, motion, lengths)
         found[kind] = losses["feature"]
     return found | {"motion": losses["motion"]} | gradients(losses["motion"], answers=answers)
 
@@ -167,7 +170,8 @@ TASKS = [
     Task("perplexity", 2, ask_perplexity, {
         "all codes in use": "shares, entropy in nats, exp", "some codes unused": "0 log 0 is 0, not NaN"}),
     Task("periodic_positions", 2, ask_periodic_positions, {
-        "table": "row t: sin, cos, sin, cos, ...; a pair shares its angle t / 10000^(2i / width); t from 0"}),
+        "table": "row t: sin, cos, sin, cos, ...; a pair shares its angle t / 10000^(2i / width); t from 0",
+        "kind": "float32, as all the model computes with"}),
     Task("causal_bias", 3, ask_causal_bias, {
         "what is hidden": "frame i sees itself and the memory - 1 frames before it, -inf elsewhere",
         "bias": "-slope * floor((i - j) / period), slopes 1/4, 1/16, ... by head"}),

@@ -318,7 +318,7 @@ def test_the_trial_makes_its_table_of_what_it_trained(speakers, tmp_path, monkey
     for row, folders, kept in zip(rows, (("codes_0", "codes_1"), ("codes_0", "codes_1"), ("own_0",)),
                                   ("test_0.8.json", "test_0.json", "test_0.8.json")):
         found = [json.loads((tmp_path / folder / kept).read_text()) for folder in folders]
-        for column, key in (("LVE mm2", "lve"), ("energy", "energy"), ("codes in use", "codes_used")):
+        for column, key in (("LVE", "lve"), ("energy", "energy"), ("codes in use", "codes_used")):
             cell = row[head.index(column)].split(" ±")
             assert float(cell[0]) == pytest.approx(np.mean([figures[key] for figures in found]), rel=0.01)
             assert len(cell) == len(found)

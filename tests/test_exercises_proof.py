@@ -87,6 +87,8 @@ WRONG = [
     ("CodeTalker.code_losses", "padding counts", "masked_mean(error.square(), lengths)", "error.square().mean()"),
     ("CodeTalker.code_losses", "decodes every sequence", "some = slice(None, None, self.config.motion_every)",
      "some = slice(None)"),
+    ("CodeTalker.code_losses", "decodes the first sequence alone",
+     "some = slice(None, None, self.config.motion_every)", "some = slice(0, 1)"),
     ("CodeTalker.step", "always position 0", "first=t", "first=0"),
     ("CodeTalker.step", "nothing remembered", "bias[..., -t - 1:], cache)", "bias[..., -1:], {})"),
     ("CodeTalker.step", "one cache for all layers", "layer(x, audio, bias[..., -t - 1:], cache)",

@@ -1,6 +1,6 @@
 """Does the codebook help? The paper's claim on trial: one transformer, three answers, several seeds.
 
-    python tests/trial.py                           the built-in speakers -> runs/trial/table.md, figure.png
+    python tests/trial.py                           the built-in speakers -> runs/trial/table.md, figure.png; two hours
     python tests/trial.py --data FOLDER --out runs/trial_mine
     python tests/trial.py --rows "N 64,H 4"         only these rows, beside those already there
 
@@ -49,7 +49,7 @@ ROWS = {    # name: flags of train_vq.py, flags of train_ar.py, temperatures to 
     "history own": ("", "--own 0.85", (0.8,)),
 }
 MAIN = ("codes", "vertices", "indices")             # these with every seed, the others with the first alone
-COLUMNS = {"lve": "LVE mm2", "gap_correlation": "lip gap r", "fdd": "FDD mm2", "fdd_abs": "abs FDD mm2",
+COLUMNS = {"lve": "LVE", "gap_correlation": "lip gap r", "fdd": "FDD", "fdd_abs": "abs FDD",
            "energy": "energy", "upper_energy": "upper energy", "upper_distance": "upper distance",
            "diversity": "diversity", "codes_used": "codes in use", "minutes": "CPU min, stage 2"}
 TAKES, SENTENCES = 5, 8                             # from which diversity is measured
@@ -142,8 +142,8 @@ def main(args):
         cells = []
         for key in COLUMNS:
             values = np.array([f[key] for f in figures], dtype=float)
-            spread = f" ±{np.abs(values - values.mean()).max().round(3):.1g}" if len(values) > 1 else ""
-            cells.append(f"{values.mean().round(3):#.3g}".rstrip(".") + spread)
+            spread = f" ±{np.abs(values - values.mean()).max().round(5):.1g}" if len(values) > 1 else ""
+            cells.append("-" if np.isnan(values).any() else f"{values.mean().round(5):#.3g}".rstrip(".") + spread)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     (args.out / "table.md").write_text("\n".join(lines) + "\n")
     draw(args.out / "figure.png", table)
