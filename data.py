@@ -1515,7 +1515,7 @@ def correlation(a, b):
 
 
 def distribution_distance(made, true):
-    """How far the generated motion is, as a distribution, from the real: 0 if every pose and every speed is as frequent.
+    """How far generated motion is, as a distribution, from real motion: 0 if every pose and every speed is as frequent.
 
     For each coordinate the Wasserstein distance between its values in all generated and in all real frames (of as many
     samples on both sides: the mean difference of the sorted values), over its real spread; mean over coordinates, and
@@ -1581,7 +1581,6 @@ def score(data, clips, made, codes, code_count):
         figures[name] = float(np.divide(*np.sum([row[name] for row in rows], 0)))
     counts = np.bincount(np.concatenate([np.asarray(code).ravel() for code in codes]), minlength=code_count)
     return figures | {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts)}
-
 
 
 @torch.no_grad()
