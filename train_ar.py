@@ -1,6 +1,6 @@
 """Stage 2: let speech choose from the dictionary.
 
-    python train_ar.py                              after train_vq.py; three to four minutes on a laptop
+    python train_ar.py                              after train_vq.py; four minutes on a laptop
     python train_ar.py --data FOLDER --vq runs/my_vq/best.pt --out runs/my_ar
     python train_ar.py --data VOCASET --preset vocaset --wav2vec2 model.safetensors     the published model
 
