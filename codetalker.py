@@ -17,7 +17,8 @@ The alphabet of shapes
     c code width    N codes in the codebook    S audio steps    K speaking styles
 
 Where this differs from the paper, and why; each note stands again at its line. The presets "vocaset" and "biwi" build
-the published models: with them [history], [memory], [own], [start], [norm], [loss] and [audio] are as in the paper.
+the published models: with them [history], [memory], [own], [chance], [start], [norm], [loss] and [audio] are as in
+the paper.
     [history]   the transformer is fed the *codes* of the past frames, the paper feeds decoded vertices. Decoding a
                 prefix does not give the frames that decoding the whole gives, so the paper's history makes training
                 and generation two different functions; with codes they are one, and no decoder runs in the loop.

@@ -1558,12 +1558,12 @@ def score(data, clips, made, codes, code_count):
         residual += np.square(faces[i] - true).sum(dtype=np.float64)
         total += np.square(true - true.mean(0)).sum(dtype=np.float64)
         errors.append(lip_vertex_errors(faces[i], true, data.lips))
-        uppers.append([(face - template)[:, data.upper_face] for face in (faces[i], true)])
+        made_by, true_by = faces[i] - template, true - template         # displaced by
+        uppers.append([made_by[:, data.upper_face], true_by[:, data.upper_face]])
         rows.append({"gap_correlation": correlation(data.opening(faces[i]), data.opening(true)),
                      "energy": (energy(faces[i]), energy(true)),
                      "upper_energy": (energy(faces[i][:, data.upper_face]), energy(true[:, data.upper_face])),
-                     "fdd": to_unit * (dynamics(true - template, data.upper_face)
-                                       - dynamics(faces[i] - template, data.upper_face))})
+                     "fdd": to_unit * (dynamics(true_by, data.upper_face) - dynamics(made_by, data.upper_face))})
         others = [j for j, other in enumerate(clips) if other.subject == clip.subject and j != i]
         if others:                                          # the next clip of the same subject, over the shorter length
             other = faces[min((j for j in others if j > i), default=others[0])]

@@ -163,7 +163,7 @@ def main(args):
 
     model, _ = load(out / "best.pt", "ar", device)
     figures = evaluate_generation(model, data, "test")
-    write_figures(out, rows, figures, args, rows[-1].keys() & {"motion", "feature"})
+    write_figures(out, rows, figures, args, [name for name in ("feature", "motion") if name in rows[-1]])
     print(f"test split, free-running  lip gap r {figures['gap_correlation']:.3f}  LVE {figures['lve']:.4g}  "
           f"swapped {figures['lve_swapped']:.4g}  energy {figures['energy']:.2f}  "
           f"-> {out}/best.pt ({time.time() - start:.0f} s)")

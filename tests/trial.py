@@ -2,7 +2,7 @@
 
     python tests/trial.py                           the built-in speakers -> runs/trial/table.md, figure.png; two hours
     python tests/trial.py --data FOLDER --out runs/trial_mine
-    python tests/trial.py --rows "N 64,H 4"         only these rows, beside those already there
+    python tests/trial.py --rows "N 64,H 4"         a table of these rows alone
 
 Every row is the two training commands with the flags the table names, once for each seed, on one core each (so as many
 at once as there are cores); then the test split, free-running, strangers in every style. What is already trained is not
@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from codetalker import load
-from data import between, evaluate_generation, generate_clips, make_clip, open_data
+from codetalker import load, whole
+from data import CommandLine, between, cannot, evaluate_generation, generate_clips, make_clip, open_data, write_json
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of the data set (default: the built-in speakers)")
 parser.add_argument("--out", type=Path, default=Path("runs/trial"), help="folder for it all (default: %(default)s)")
 parser.add_argument("--seeds", type=between(1, 100, int), default=3, help="of the first three rows (default: 3)")
@@ -64,7 +64,8 @@ def run(script, out, args, seed, flags):
     words = [sys.executable, ROOT / script, *given, "--out", out, "--seed", str(seed), *flags]
     with open(out / "log.txt", "w") as log:
         one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(words, env=one_core, stdout=log, stderr=subprocess.STDOUT, check=True)
+        if subprocess.run(words, env=one_core, stdout=log, stderr=subprocess.STDOUT).returncode:
+            raise ValueError(f"{script} failed; {out}/log.txt says why")
     (out / "minutes.txt").write_text(f"{(time.time() - start) / 60:.1f}")
     print(f"{out}: {(time.time() - start) / 60:.1f} min", flush=True)
 
@@ -97,7 +98,7 @@ def evaluate(folder, temperature, data_folder):
                  for take in range(TAKES)] for clip in clips]
         made, real = ([diversity(np.stack(takes)[:, :, data.upper_face]) for takes in side] for side in (made, real))
         figures["diversity"] = sum(made) / sum(real)
-    kept.write_text(json.dumps(figures, indent=1))
+    write_json(kept, figures)
     return figures
 
 
@@ -119,7 +120,7 @@ def draw(path, table):
 def main(args):
     names = args.rows.split(",") if args.rows else list(ROWS)
     if unknown := set(names) - set(ROWS):
-        sys.exit(f"--rows: of {', '.join(ROWS)} expected, found {', '.join(sorted(unknown))}")
+        raise ValueError(f"--rows: of {', '.join(ROWS)} expected, found {', '.join(sorted(unknown))}")
     open_data(args.data)                                    # made before two commands want to make it
     jobs = [(name, seed) for name in names for seed in range(args.seeds if name in MAIN else 1)]
     vq = {job: args.out / f"vq{ROWS[job[0]][0].replace(' ', '')}_{job[1]}" for job in jobs}
@@ -145,10 +146,13 @@ def main(args):
             spread = f" ±{np.abs(values - values.mean()).max().round(5):.1g}" if len(values) > 1 else ""
             cells.append("-" if np.isnan(values).any() else f"{values.mean().round(5):#.3g}".rstrip(".") + spread)
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    draw(args.out / "figure.png", table)
+    with whole(args.out / "table.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+    with whole(args.out / "figure.png") as part:
+        draw(part, table)
     print("\n".join(lines), f"-> {args.out}/table.md, figure.png", sep="\n")
 
 
 if __name__ == "__main__":
-    main(parser.parse_args())
+    with cannot():
+        main(parser.parse_args())
