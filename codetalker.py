@@ -249,7 +249,7 @@ class Quantiser(nn.Module):
 
     @torch.no_grad()
     def reset_codes(self, which, z_e):
-        """Overwrite the codes where `which` (N,) is True with encoder outputs and a little noise."""
+        """Overwrite the codes where `which` (N,) is True with encoder outputs, plus some noise."""
         candidates = z_e.flatten(0, -2)                     # (B, T, H, C) -> (B*T*H, C)
         chosen = torch.randint(len(candidates), (int(which.sum()),), device=z_e.device)
         vectors = candidates[chosen]
@@ -283,8 +283,8 @@ class MotionAutoencoder(nn.Module):
         return reconstruction, codes, {"reconstruction": loss_rec, "vq": loss_vq}
 
     def reconstruction_loss(self, reconstruction, motion):
-        # The paper has L1 alone. Its minimum is the median, "no movement" for a muscle that moves in
-        # one frame of ten. The squared error keeps such muscles from being ignored [loss].
+        # The paper has L1 alone. Its minimum is the median, "no movement" for a muscle that moves
+        # in one frame of ten. The squared error keeps such muscles from being ignored [loss].
         return F.l1_loss(reconstruction, motion) + F.mse_loss(reconstruction, motion)
 
     @torch.no_grad()
@@ -456,6 +456,22 @@ def causal_mask(frames, period, heads, context, device=None):
     return mask.masked_fill(hidden, -math.inf)
 
 
+def code_loss(logits, codes, length_mask):
+    """Cross-entropy of the true codes (B, T, H), given logits (B, T, H, N), without padding.
+
+    length_mask (B, T) is False on padding. The paper takes MSE(z_hat, z_q) instead [loss]. Its
+    minimum is the mean of all plausible codes, which may be far from any code.
+    """
+    targets = codes.masked_fill(~length_mask[..., None], -1)
+    return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1)
+
+
+def motion_loss(predicted, motion, length_mask):
+    """Mean squared error of motion (B, T, V*3) over the frames where length_mask (B, T) is True."""
+    error = (predicted - motion).square().mean(dim=-1)      # (B, T)
+    return (error * length_mask).sum() / length_mask.sum()
+
+
 class DecoderLayer(nn.Module):
     """Post-norm transformer decoder layer: self-attention, attention to the audio, feed-forward."""
 
@@ -595,18 +611,15 @@ class CodeTalker(nn.Module):
             past = torch.where(use_own[..., None], own_codes, codes)        # (B, T, H)
         z_hat = self.predict(self.code_vectors(past), style, audio)         # (B, T, H*C)
 
-        targets = codes.masked_fill(~length_mask[..., None], -1)
-        logits = self.logits(z_hat)                         # (B, T, H, N)
-        loss_code = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1)
+        loss_code = code_loss(self.logits(z_hat), codes, length_mask)
 
-        # motion loss: the decoded nearest codes, with the gradient straight through to z_hat
+        # motion loss: decode the nearest codes, with the gradient straight through to z_hat
         subset = slice(None, None, self.config.motion_loss_every)
         z_hat = z_hat[subset].unflatten(-1, (codes.shape[2], -1))           # (B/4, T, H, C)
         z_q, _, _ = self.autoencoder.quantiser(z_hat)
-        error = self.autoencoder.decoder(z_q) - motion[subset]              # (B/4, T, V*3)
-        error = error.square().mean(dim=-1) * length_mask[subset]           # (B/4, T)
-        loss_motion = self.config.motion_weight * error.sum() / length_mask[subset].sum()
-        return {"code": loss_code, "motion": loss_motion}
+        predicted = self.autoencoder.decoder(z_q)                           # (B/4, T, V*3)
+        loss_motion = motion_loss(predicted, motion[subset], length_mask[subset])
+        return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}
 
     @torch.no_grad()
     def generate(self, audio, style, temperature=None, progress=iter):

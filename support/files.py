@@ -1,0 +1,166 @@
+"""
+Reading the files that people bring: sound, arrays, pickles, descriptions, meshes.
+
+Every function raises ValueError, in one line, for a file that it cannot read: where, what was
+expected, what was found, what to do. Nothing in a file is ever run.
+"""
+import json
+import math
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+from scipy import signal
+from scipy.io import wavfile
+
+from codetalker import SAMPLE_RATE
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """A pickle can run any program. This one can only make numpy arrays."""
+    array = np.zeros(1)
+    makers = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": array.__reduce__()[0],
+              "_frombuffer": array.__reduce_ex__(5)[0], "scalar": array[0].__reduce__()[0]}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.makers:
+            return self.makers[name]                # numpy 1 and 2 have them in different modules
+        if (module, name) == ("_codecs", "encode"):     # bytes of an array in an old pickle
+            return lambda text, encoding: text.encode("latin1")
+        raise ValueError(f"refused: {module}.{name} in it is no numpy array")
+
+
+def load_arrays(path):
+    """A pickle of plain containers and numpy arrays, Python 2's too."""
+    try:
+        with open(path, "rb") as file:
+            return ArrayUnpickler(file, encoding="latin1").load()
+    except Exception as error:
+        raise ValueError(f"{path}: a pickle of numpy arrays expected ({error})") from None
+
+
+def read_templates(path):
+    """templates.pkl -> {subject: (V*3,) float32}"""
+    templates = load_arrays(path)
+    if not isinstance(templates, dict) or not templates:
+        raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
+    read = {}
+    for subject, template in templates.items():
+        is_array = isinstance(template, np.ndarray) and template.dtype.kind in "fiu"
+        if not is_array or template.size == 0:
+            raise ValueError(f"{path}: numbers (V, 3) expected for {subject}")
+        read[str(subject)] = flatten(template[None])[0]
+        check_finite(read[str(subject)], f"{path}: {subject}")
+    return read
+
+
+def open_npy(path):
+    """An npy file (frames, channels) or (frames, V, 3), not yet read from disk."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
+        raise ValueError(f"{path}: an npy file of numbers expected ({error})") from None
+    if array.ndim not in (2, 3) or array.size == 0 or array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: numbers (frames, channels) expected, found {array.dtype} "
+                         f"{array.shape}")
+    return array
+
+
+def flatten(frames):
+    """(T, channels) or (T, V, 3) -> (T, V*3) float32, with zeros up to a multiple of three."""
+    with np.errstate(over="ignore"):                # what overflows is infinite, and refused
+        frames = np.asarray(frames, np.float32).reshape(len(frames), -1)
+    return np.pad(frames, ((0, 0), (0, -frames.shape[1] % 3)))
+
+
+def check_finite(array, where):
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where}: finite numbers expected, found NaN or infinity; export it "
+                         "again")
+
+
+def read_audio(path):
+    """A PCM or float wav, any rate and channels -> mono float32 (samples,) in [-1, 1], 16 kHz."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)     # chunks that are not audio
+            rate, audio = wavfile.read(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; --wav takes the path of a wav file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: a PCM or float wav expected ({error}); convert it with "
+                         f"`ffmpeg -i \"{path}\" speech_16k.wav`") from None
+    if audio.size == 0 or not 1000 <= rate <= 384_000:
+        raise ValueError(f"{path}: sound at 1,000 to 384,000 Hz expected, found {audio.size} "
+                         f"samples at {rate} Hz")
+    if audio.dtype == np.uint8:                     # 8-bit wavs are unsigned
+        audio = (audio.astype(np.float32) - 128) / 128
+    elif audio.dtype.kind == "i":
+        audio = audio / -float(np.iinfo(audio.dtype).min)
+    audio = audio.reshape(len(audio), -1).mean(axis=1)                  # channels -> one
+    check_finite(audio, path)
+    divisor = math.gcd(rate, SAMPLE_RATE)
+    audio = signal.resample_poly(audio, SAMPLE_RATE // divisor, rate // divisor)
+    return audio.astype(np.float32)
+
+
+def read_description(folder):
+    """dataset.json and, where it says nothing of them, the vertex lists regions/lve.txt and fdd.txt
+    (BIWI has them) and the triangles of mesh.obj, as one dict."""
+    path = folder / "dataset.json"
+    try:
+        description = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
+        if not isinstance(description, dict):
+            raise ValueError("an object {...} expected")
+        if not 0 < float(description.get("fps", 30)) < 1000:
+            raise ValueError(f"fps between 0 and 1000 expected, found {description['fps']}")
+        splits = description.get("splits", {})
+        if not isinstance(splits, dict) or not all(isinstance(v, list) for v in splits.values()):
+            raise ValueError('"splits": {"train": [clip names], ...} expected')
+        for name, path in (("lips", folder / "regions" / "lve.txt"),
+                           ("upper_face", folder / "regions" / "fdd.txt")):
+            if path.exists() and name not in description:
+                text = path.read_text("utf-8-sig").replace(",", " ")
+                description[name] = [int(index) for index in text.split()]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if "triangles" not in description and (folder / "mesh.obj").exists():
+        description["triangles"] = read_triangles(folder / "mesh.obj")
+    return description
+
+
+def read_triangles(path):
+    """The triangles of an .obj mesh, [[vertex, vertex, vertex], ...] from 0; quads become two."""
+    triangles = []
+    try:
+        for line in Path(path).read_text("utf-8-sig").splitlines():
+            if line.startswith("f "):               # a corner is vertex, or vertex/texture/normal
+                corners = [int(corner.split("/")[0]) - 1 for corner in line.split()[1:]]
+                for i in range(1, len(corners) - 1):
+                    triangles.append([corners[0], corners[i], corners[i + 1]])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: an .obj mesh expected ({error})") from None
+    return triangles
+
+
+def vertex_list(description, name, shape, vertices):
+    """An entry of dataset.json as an array of vertex numbers of this shape (-1: any), or None."""
+    if not description.get(name):
+        return None
+    try:
+        array = np.array(description[name])
+        fits = array.dtype.kind == "i" and array.shape == array.reshape(shape).shape
+        fits = fits and 0 <= array.min() and array.max() < vertices
+    except ValueError:                              # rows of different length
+        fits = False
+    if not fits:
+        raise ValueError(f"dataset.json: {name}: a list of shape {shape} of vertices 0 to "
+                         f"{vertices - 1} expected")
+    return array
+
+
+def some(names):
+    """The first three of many names, to be printed."""
+    names = list(names)
+    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")

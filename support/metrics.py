@@ -1,0 +1,275 @@
+"""
+Metrics: how far generated motion is from the ground truth, and whether a training run is healthy.
+
+Evaluation of stage 2 is free-running: the model is fed with its own codes, as in use. A
+teacher-forced loss also drops if the model only copies the previous frame. pred is the generated
+motion, gt the ground truth.
+"""
+import json
+import math
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from codetalker import atomic_write
+from data import collate
+from support.command import progress
+
+METRIC_NAMES = {
+    "lve": "LVE: largest squared lip distance, mean over frames, mm2",
+    "lve_mm": "its square root, mm",
+    "lve_wrong_audio": "LVE with another clip's audio, mm2",
+    "fdd": "FDD: upper-face dynamics, ground truth - generated, mm2",
+    "fdd_abs": "the same, absolute, mm2",
+    "gap_correlation": "lip-gap correlation",
+    "r2": "share of variance explained",
+    "variance_ratio": "variance of motion, generated / ground truth",
+    "upper_variance_ratio": "the same, upper face",
+    "upper_wasserstein": "distance of upper-face distributions, std",
+    "codes_used": "codes used",
+    "perplexity": "perplexity of the codes"}
+
+
+def lip_vertex_errors(pred, gt, lips):
+    """Largest squared distance over the lip vertices, for each frame. pred, gt (T, V, 3) -> (T,)
+
+    LVE is its mean over all frames of all clips; no root (Richard et al. 2021; CodeTalker's code).
+    """
+    return np.square(pred[:, lips] - gt[:, lips]).sum(axis=-1).max(axis=1)
+
+
+def upper_face_std(motion, upper_face):
+    """Mean over upper-face vertices of the standard deviation of the squared displacement.
+
+    motion (T, V, 3) is displacement from the template -> float; the deviation is over time. FDD,
+    the upper-face dynamics deviation, is this of gt minus this of pred (CodeTalker's code).
+    """
+    squared = np.square(motion[:, upper_face]).sum(axis=-1)             # (T, vertices)
+    return float(squared.std(axis=0).mean())
+
+
+def motion_variance(vertices):
+    """How much a face moves: variance over time of positions (T, V, 3), mean over vertices."""
+    return float(vertices.var(axis=0).sum(axis=-1).mean())
+
+
+def correlation(a, b):
+    """Pearson's r of two curves (T,); 0 if one of them is constant."""
+    if a.std() == 0 or b.std() == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def wasserstein(pred, gt):
+    """Distance between the distributions of poses and speeds; lists of (T, V, 3) of equal lengths.
+
+    It compares how often each value occurs, not when: a brow raise at a different time costs
+    nothing, a missing one does. For each coordinate it takes the Wasserstein distance (with as many
+    samples on both sides, the mean difference of sorted values) over gt's standard deviation.
+    """
+    distances = []
+    for order in (0, 1):                            # positions, then frame-to-frame differences
+        a = np.concatenate([np.diff(motion, n=order, axis=0) for motion in pred])
+        b = np.concatenate([np.diff(motion, n=order, axis=0) for motion in gt])
+        difference = np.abs(np.sort(a, axis=0) - np.sort(b, axis=0))
+        distances.append(difference.mean() / b.std(axis=0).mean())
+    return float(np.mean(distances))
+
+
+def perplexity(counts):
+    """exp(entropy) of code counts (N,): as varied as this number of codes in equal use."""
+    p = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def wrong_audio_partner(clips, i):
+    """Another clip of the subject of clip i (None if there is none), for its motion."""
+    others = [j for j, clip in enumerate(clips) if clip.subject == clips[i].subject and j != i]
+    later = [j for j in others if j > i]
+    return min(later or others, default=None)
+
+
+def compute_metrics(data, clips, motions):
+    """Metrics of predicted motions, one (T, V*3) in the model's scale for each clip: a dict.
+
+        r2                      share of gt's variance explained, 1 is perfect
+        gap_correlation         of the lip gap over time, mean over clips
+        lve, lve_wrong_audio    mm2 where the unit is metres; the latter with what was generated for
+                                another clip's audio: much larger, if the model uses the audio
+        lve_mm                  root of lve
+        fdd, fdd_abs            mean over clips, signed (positive: too little motion) and absolute
+        variance_ratio, upper_variance_ratio    motion variance, pred / gt
+        upper_wasserstein       distance of the upper face's distributions
+    """
+    unit = (data.to_mm or 1.0) ** 2
+    lve, lve_wrong_audio, gap_correlation, fdd = [], [], [], []
+    variance, upper_variance, upper_pred, upper_gt = [], [], [], []
+    residual = total = 0.0
+    preds = [data.vertices(motion, clip.subject) for clip, motion in zip(clips, motions)]
+    for i, clip in enumerate(clips):
+        pred = preds[i]
+        gt = data.frames(clip)
+        template = data.templates[clip.subject].reshape(1, -1, 3)
+        residual += np.square(pred - gt).sum(dtype=np.float64)
+        total += np.square(gt - gt.mean(axis=0)).sum(dtype=np.float64)
+        lve.append(lip_vertex_errors(pred, gt, data.lips))
+        gap_correlation.append(correlation(data.lip_gap_curve(pred), data.lip_gap_curve(gt)))
+
+        upper = data.upper_face
+        std_gt = upper_face_std(gt - template, upper)
+        std_pred = upper_face_std(pred - template, upper)
+        fdd.append(unit * (std_gt - std_pred))
+        variance.append([motion_variance(pred), motion_variance(gt)])
+        upper_variance.append([motion_variance(pred[:, upper]), motion_variance(gt[:, upper])])
+        upper_pred.append(pred[:, upper] - template[:, upper])
+        upper_gt.append(gt[:, upper] - template[:, upper])
+
+        partner = wrong_audio_partner(clips, i)
+        if partner is not None:
+            frames = min(len(preds[partner]), clip.frames)
+            errors = lip_vertex_errors(preds[partner][:frames], gt[:frames], data.lips)
+            lve_wrong_audio.append(errors)
+
+    sums = np.sum(variance, axis=0)
+    upper_sums = np.sum(upper_variance, axis=0)
+    lve = unit * float(np.concatenate(lve).mean(dtype=np.float64))
+    wrong = unit * float(np.concatenate(lve_wrong_audio or [[math.nan]]).mean(dtype=np.float64))
+    return {"r2": float(1 - residual / total), "gap_correlation": float(np.mean(gap_correlation)),
+            "lve": lve, "lve_mm": lve ** 0.5, "lve_wrong_audio": wrong,
+            "fdd": float(np.mean(fdd)), "fdd_abs": float(np.abs(fdd).mean()),
+            "variance_ratio": float(sums[0] / sums[1]),
+            "upper_variance_ratio": float(upper_sums[0] / upper_sums[1]),
+            "upper_wasserstein": wasserstein(upper_pred, upper_gt)}
+
+
+def usage_metrics(codes, codebook_size):
+    """How many codes occur in a list of code arrays, and their perplexity -> dict"""
+    everything = np.concatenate([np.asarray(array).ravel() for array in codes])
+    counts = np.bincount(everything, minlength=codebook_size)
+    return {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts)}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(model, data, split):
+    """Stage 1 on the clips of a split: metrics of the reconstruction."""
+    device = next(model.parameters()).device
+    clips = data.splits[split]
+    motions, codes = [], []
+    model.eval()
+    for clip in clips:
+        clip_codes = model.encode(data.motion(clip)[None].to(device))
+        motions.append(model.decode(clip_codes)[0].cpu())
+        codes.append(clip_codes.cpu())
+    return compute_metrics(data, clips, motions) | usage_metrics(codes, model.config.codebook_size)
+
+
+@torch.no_grad()
+def generate_clips(model, data, clips, styles):
+    """For the audio of each clip, in the style of a training subject: lists of motion and codes.
+
+    Only the frame-by-frame loop runs in batches, since it is causal; what looks ahead, the audio
+    encoder and the decoder, takes the clips one by one, without padding.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    motions = [None] * len(clips)
+    codes = [None] * len(clips)
+    order = sorted(range(len(clips)), key=lambda i: clips[i].frames)    # like lengths together
+    longest = clips[order[-1]].frames
+    batch_size = min(40, max(1, 40_000_000 // (data.channels * longest)))   # bounds the memory
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        audio = []
+        for i in batch:
+            features = data.audio_features(clips[i], model)[None].to(device)
+            audio.append(model.encode_audio(features)[0])
+        audio, _ = collate(audio)
+        style = torch.stack([data.style(styles[i]) for i in batch]).to(device)
+        generated = model.generate(audio, style)
+        for row, i in enumerate(batch):
+            codes[i] = generated[row, :clips[i].frames]
+            motions[i] = model.decode(codes[i][None])[0].cpu()
+    return motions, codes
+
+
+def evaluate_generation(model, data, split, every_style=False, seed=0):
+    """Stage 2, free-running, on the clips of a split: metrics of what it generates from the audio.
+
+    A training subject moves in its own style. An unseen subject has none: it gets one of the
+    training styles, or with every_style each of them in turn, and the metrics are averaged (the
+    paper's protocol). seed: of the sampled codes; the random state of training is restored.
+    """
+    clips = data.splits[split]
+    unseen = sorted({clip.subject for clip in clips} - set(data.subjects))
+    rounds = range(len(data.subjects) if every_style and unseen else 1)
+    results = []
+    for i in progress(rounds, "evaluating all styles"):
+        style_for = {name: name for name in data.subjects}
+        for j, name in enumerate(unseen):
+            style_for[name] = data.subjects[(i + j) % len(data.subjects)]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + i)
+            styles = [style_for[clip.subject] for clip in clips]
+            motions, codes = generate_clips(model, data, clips, styles)
+        result = compute_metrics(data, clips, motions)
+        if codes[0].dtype == torch.long:            # not for the trial's model without a codebook
+            codes = [array.cpu() for array in codes]
+            result |= usage_metrics(codes, model.autoencoder.config.codebook_size)
+        results.append(result)
+    metrics = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    metrics["lve_mm"] = metrics["lve"] ** 0.5       # root of the mean, not mean of the roots
+    return metrics
+
+
+def warn_if_collapsed(metrics, codebook_size, step, uses_audio):
+    """Print a line for each way in which training fails without an error, after 200 steps or more.
+
+    Healthy runs are far from these limits: from step 150 on a perplexity above N / 4, a variance
+    ratio above 0.7, a lip error four times as large with the wrong audio.
+    """
+    wrong_audio = metrics["lve_wrong_audio"] / max(metrics["lve"], 1e-12)
+    messages = []
+    if metrics.get("perplexity", codebook_size) < codebook_size / 10:
+        messages.append(f"codebook collapse: perplexity {metrics['perplexity']:.1f} of "
+                        f"{codebook_size}; try a lower --lr or a smaller --reset-every")
+    if metrics["variance_ratio"] < 0.2:
+        messages.append(f"hardly any motion: variance ratio {metrics['variance_ratio']:.3f}; try "
+                        "a lower --lr, and python data.py check FOLDER")
+    if uses_audio and wrong_audio < 1.2:
+        messages.append(f"the audio is ignored: with another clip's the lip error is "
+                        f"{wrong_audio:.2f} times as large; try a higher --sampling-prob, and "
+                        "python data.py check FOLDER")
+    if not uses_audio and metrics["r2"] < 0.1:
+        messages.append(f"no reconstruction: R2 {metrics['r2']:.2f}; try a lower --lr, and "
+                        "python data.py check FOLDER")
+    if step >= 200:
+        for message in messages:
+            print(f"   warning: {message}", flush=True)
+
+
+def write_json(path, value):
+    """JSON has no NaN: it becomes null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def write_metrics(out, log, test, args):
+    """metrics.json (the log, metrics of the test split, flags) and loss.png, into a folder."""
+    write_json(out / "metrics.json", {"flags": vars(args), "test": test, "log": log})
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    losses = [name for name in log[0] if name not in ("step", "val")]
+    for name in losses:
+        axes.plot([row["step"] for row in log], [row[name] for row in log], label=f"{name} loss")
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    evaluated = [row for row in log if "val" in row]
+    steps = [row["step"] for row in evaluated]
+    correlations = [row["val"]["gap_correlation"] for row in evaluated]
+    right = axes.twinx()
+    right.plot(steps, correlations, "k.--", label="lip-gap r, validation")
+    right.set(ylabel="correlation", ylim=(0, 1))
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    with atomic_write(out / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120)
