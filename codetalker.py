@@ -26,13 +26,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# -----------------------------------------------------------------------------
-# configuration
+# ---------- configuration -------------------------------------------------------------------------
 
 
 @dataclass
 class VQConfig:
-    """Sizes of stage 1. The paper's are in support/published.py."""
+    """Sizes of stage 1"""
     vertices: int               # V; for blendshape weights, three channels count as one vertex
     dim: int = 128              # D, equal to codes_per_frame * code_dim
     layers: int = 2             # transformer blocks in the encoder, and as many in the decoder
@@ -46,7 +45,7 @@ class VQConfig:
 
 @dataclass
 class ARConfig:
-    """Sizes of stage 2."""
+    """Sizes of stage 2"""
     styles: int                 # K, one per training subject
     period: int = 30            # positions repeat after this many frames (one second)
     context: int = 90           # frames that a frame can attend to, itself included  [context]
@@ -61,8 +60,7 @@ class ARConfig:
     temperature: float = 0.8    # for sampling codes; 0 takes the most likely code
 
 
-# -----------------------------------------------------------------------------
-# building blocks shared by both stages
+# ---------- building blocks shared by both stages -------------------------------------------------
 
 
 class TimeConv(nn.Module):
@@ -136,8 +134,7 @@ def feed_forward(dim, ffn_dim, activation):
     return nn.Sequential(nn.Linear(dim, ffn_dim), activation, nn.Linear(ffn_dim, dim))
 
 
-# -----------------------------------------------------------------------------
-# stage 1: a VQ autoencoder of facial motion (paper: Discrete Facial Motion Space)
+# ---------- stage 1: a VQ autoencoder of facial motion (paper: Discrete Facial Motion Space) ------
 
 
 class Block(nn.Module):
@@ -152,8 +149,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
-        x = x + self.feed_forward(self.norm2(x))
-        return x
+        return x + self.feed_forward(self.norm2(x))
 
 
 class TemporalBackbone(nn.Module):
@@ -190,7 +186,7 @@ class MotionEncoder(nn.Module):
     def forward(self, motion):
         x = F.leaky_relu(self.in_proj(motion), 0.2)         # (B, T, D)
         x = self.backbone(x)
-        return x.unflatten(-1, (self.codes_per_frame, -1))  # (B, T, D) -> (B, T, H, C), D = H*C
+        return x.unflatten(-1, (self.codes_per_frame, -1))  # (B, T, D) -> (B, T, H, C); D = H*C
 
 
 class MotionDecoder(nn.Module):
@@ -318,8 +314,7 @@ class MotionAutoencoder(nn.Module):
         return self.decoder(self.quantiser.codebook[codes])
 
 
-# -----------------------------------------------------------------------------
-# audio: a log-mel spectrogram, then a small convolutional encoder (the paper: wav2vec 2.0) [audio]
+# ---------- audio: log-mel spectrogram and convolutional encoder (paper: wav2vec 2.0) [audio] -----
 
 SAMPLE_RATE = 16_000        # Hz
 N_FFT = 512                 # samples; the window is zero-padded to this length
@@ -427,8 +422,7 @@ class AudioEncoder(nn.Module):
         return self.norm(x)
 
 
-# -----------------------------------------------------------------------------
-# stage 2: an autoregressive transformer over codes (paper: Speech-Driven Motion Synthesis)
+# ---------- stage 2: an autoregressive transformer over codes (Speech-Driven Motion Synthesis) ----
 
 
 def periodic_positions(period, dim):
@@ -531,7 +525,7 @@ class CodeTalker(nn.Module):
         return self
 
     def preprocess_audio(self, audio, fps, frames):
-        """A recording (samples,) -> what encode_audio() takes, (frames * 4, mel_bands)"""
+        """A recording (samples,) -> the input of encode_audio(), (frames * 4, mel_bands)"""
         return log_mel(audio, fps, frames, self.config.mel_bands)
 
     def encode_audio(self, mel):
@@ -556,13 +550,13 @@ class CodeTalker(nn.Module):
         return self.dropout(x + style[:, None] + positions)
 
     def predict(self, past, style, audio):
-        """Teacher forcing: predictions for all frames in one pass; frame t sees frames 0 ... t - 1.
+        """Teacher forcing: all frames in one pass; frame t sees the past up to frame t - 1.
 
         past (B, T, H*C) code vectors, style (B, K), audio (B, T, D) -> z_hat (B, T, H*C)
         """
+        config = self.config
         prev = F.pad(past[:, :-1], (0, 0, 1, 0))            # shift right by one frame
         x = self.embed(prev, style)
-        config = self.config
         mask = causal_mask(x.shape[1], config.period, config.heads, config.context, x.device)
         for layer in self.layers:
             x = layer(x, audio, mask)
@@ -653,8 +647,7 @@ class CodeTalker(nn.Module):
         return self.autoencoder.decode(codes)
 
 
-# -----------------------------------------------------------------------------
-# checkpoints
+# ---------- checkpoints ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -685,20 +678,16 @@ def load(path, stage, device="cpu", classes=(MotionAutoencoder, CodeTalker)):
     """
     vq_class, ar_class = classes
     expected = ar_class.__name__ if stage == "ar" else vq_class.__name__
-    advice = f"`python train_{stage}.py` writes one"
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such checkpoint; {advice}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no code
-        found = checkpoint["model"]
-        if found == expected:
-            model = vq_class(vq_class.Config(**checkpoint["vq_config"]))
-            if stage == "ar":
-                model = ar_class(ar_class.Config(**checkpoint["config"]), model)
-            model.load_state_dict(checkpoint["weights"])
-    except Exception as error:                              # whatever a damaged file leads to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-        raise ValueError(f"{path}: damaged, or of another version ({reason}); train anew: {advice}")
-    if found != expected:
-        raise ValueError(f"{path}: a checkpoint of {expected} expected, found {found}; {advice}")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no code in it
+        if checkpoint["model"] != expected:
+            raise ValueError(f"it is one of {checkpoint['model']}")
+        model = vq_class(vq_class.Config(**checkpoint["vq_config"]))
+        if stage == "ar":
+            model = ar_class(ar_class.Config(**checkpoint["config"]), model)
+        model.load_state_dict(checkpoint["weights"])
+    except Exception as error:          # whatever a missing, damaged or older file leads to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"{path}: a checkpoint of {expected}, of this version, expected ({reason});"
+                         f" `python train_{stage}.py` writes one") from None
     return model.to(device).eval(), checkpoint
