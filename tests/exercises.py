@@ -1,26 +1,27 @@
-"""The course: what is asked of students, and the file they work in.
+"""
+The course: thirteen functions of CodeTalker for students to write, and how each is tested.
 
-    python tests/exercises.py write student.py              the student's file: the answer key without its tasks
-    pytest tests/test_exercises.py --impl student.py        points per task, a hint for each that is wrong
-    python tests/grading.py FOLDER grades.csv               the same for every .py of a folder
-    python tests/exercises.py assemble student.py mine      a copy of this project in which that file is the model
+    python tests/exercises.py write student.py              signatures and docstrings, to be filled
+    python tests/grading.py student.py                      points, and what is wrong
+    python tests/grading.py FOLDER grades.csv               the same for a folder of submissions
+    python tests/exercises.py assemble student.py mine      a copy of the project that uses them
 
-The answer key is codetalker.py and the metrics of data.py, and has no marks: a task is the body of one function.
-How a task is judged: its `ask` draws inputs from a seed, calls the function and returns numbers. It is called twice:
-in a process of its own with the student's file (sandbox.py), and here with the key. Only numbers come back, and only
-here is it known which are right.
+The key is codetalker.py and support/metrics.py, without marks: a task is the body of one function.
+Its test draws inputs, calls the function in its place and yields parts: (what, value, hint). The
+test runs with the key in this process, and with the student's function in another (grading.py).
+That one returns numbers only, which are compared with the key's.
 """
 import argparse
 import ast
+import copy
+import inspect
 import math
-import os
+import shutil
 import sys
 import textwrap
-from contextlib import contextmanager
+import types
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Callable
 
 import numpy as np
@@ -30,312 +31,424 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# =================================================================================== the tasks, and how each is asked
-# code: the student's file as a module; rng: numpy.random.Generator. Each returns {what: numbers}.
+import codetalker
 
+# support/metrics.py as a module of three functions: as a whole it imports scipy and matplotlib
+METRICS = ROOT / "support" / "metrics.py"
+tree = ast.parse(METRICS.read_text(encoding="utf-8"))
+wanted = ("perplexity", "lip_vertex_errors", "upper_face_std")
+tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+metrics = types.ModuleType("metrics")
+metrics.np = np
+exec(compile(tree, METRICS, "exec"), vars(metrics))
 
-def normal(rng, *shape, scale=1.0):
-    return torch.from_numpy(scale * rng.standard_normal(shape)).float()
-
-
-def gradients(scalar, **tensors):
-    """d(scalar) / d(tensor), zeros where it does not depend on the tensor: {"gradient of NAME": numbers}."""
-    scalar = scalar + 0 * sum(tensor.sum() for tensor in tensors.values())
-    found = torch.autograd.grad(scalar, list(tensors.values()))
-    return {f"gradient of {name}": gradient for name, gradient in zip(tensors, found)}
-
-
-def small_model(code, rng, frames):
-    """A small CodeTalker whose codes differ, in eval mode, and what it may be told: history, style, audio, motion."""
-    torch.manual_seed(int(rng.integers(2 ** 31)))
-    stage1 = code.VQConfig(vertices=5, width=16, heads=2, hidden=24, slots=4, code_width=4, codes=16)
-    stage2 = code.ARConfig(styles=3, period=4, width=16, heads=2, memory=5, mel_bands=6, audio_layers=1)
-    model = code.CodeTalker(stage2, code.MotionAutoencoder(stage1)).eval()
-    nn.init.normal_(model.autoencoder.quantiser.codebook)
-    nn.init.normal_(model.query.weight)
-    nn.init.normal_(model.autoencoder.decoder.leave.weight)
-    return (model, normal(rng, 2, frames, 16), torch.eye(3)[rng.permutation(3)[:2]], normal(rng, 2, frames, 1, 16),
-            normal(rng, 2, frames, 15))
-
-
-def ask_log_mel(code, rng):
-    frames, fps = int(rng.integers(40, 60)), int(rng.choice([25, 30, 60]))
-    samples = code.SAMPLE_RATE * frames // fps - int(rng.integers(100, 300))
-    loud = 0.01 + np.abs(np.sin(np.arange(samples) / rng.uniform(400, 900)))        # syllables, in noise
-    return {"bands": code.log_mel(normal(rng, samples, scale=0.1) * torch.from_numpy(loud), fps, frames, 8)}
-
-
-def ask_nearest(code, rng):
-    quantiser = code.Quantiser(12, 3, beta=0.25)
-    quantiser.codebook.data = normal(rng, 12, 3) * torch.linspace(0.3, 2, 12)[:, None]
-    indices = quantiser.nearest(normal(rng, 2, 10, 4, 3))
-    return {"indices": indices, "vectors": quantiser.codebook[indices]}
-
-
-def ask_straight_through(code, rng):
-    z_e, z_q, weight = normal(rng, 2, 3, 2, 4), normal(rng, 2, 3, 2, 4), normal(rng, 2, 3, 2, 4)
-    result = code.straight_through(z_e.requires_grad_(), z_q.requires_grad_())
-    return {"value": result} | gradients((weight * result).sum(), z_e=z_e, z_q=z_q)
-
-
-def ask_vq_loss(code, rng):
-    z_e, z_q = normal(rng, 2, 5, 2, 3).requires_grad_(), normal(rng, 2, 5, 2, 3).requires_grad_()
-    beta = rng.uniform(2, 3)
-    padded = code.vq_loss(z_e, z_q, beta, torch.tensor([5, int(rng.integers(1, 5))]))
-    loss = code.vq_loss(z_e, z_q, beta)
-    return {"loss": loss} | gradients(loss, z_e=z_e, z_q=z_q) | {"loss of padded sequences": padded}
-
-
-def ask_perplexity(code, rng):
-    counts = rng.integers(1, 100, 30)
-    return {"all codes in use": code.perplexity(counts), "some codes unused": code.perplexity(counts * (counts > 40))}
-
-
-def ask_periodic_positions(code, rng):
-    period, width = int(rng.integers(5, 30)), 2 * int(rng.integers(3, 10))
-    table = code.periodic_positions(period, width)
-    return {"table": table, "kind": torch.tensor(float(table.dtype == torch.float32))}
-
-
-def ask_causal_bias(code, rng):
-    frames, period, heads = int(rng.integers(12, 20)), int(rng.integers(2, 5)), int(rng.integers(2, 5))
-    memory = int(rng.integers(6, 10))
-    bias = code.causal_bias(frames, period, heads, memory)
-    return {"what is hidden": torch.isinf(bias), "bias": bias}
-
-
-def ask_decoder_layer(code, rng):
-    torch.manual_seed(int(rng.integers(2 ** 31)))
-    layer = code.DecoderLayer(code.ARConfig(styles=1, width=16, heads=2)).eval()
-    x, audio = normal(rng, 2, 6, 16), normal(rng, 2, 6, 3, 16)
-    bias = normal(rng, 2, 6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -math.inf)
-    cache = {}
-    by_one = [layer(x[:, t:t + 1], audio[:, t:t + 1], torch.zeros(2, 1, t + 1), cache) for t in range(3)]
-    return {"all frames at once": layer(x, audio, bias), "frame by frame with a cache": torch.cat(by_one, 1)}
-
-
-def ask_code_losses(code, rng):
-    model, *_ = small_model(code, rng, 6)
-    model.config.motion_every = 2
-    nn.init.constant_(model.spread, rng.uniform(-1, 1))
-    answers, motion = normal(rng, 5, 6, 16).requires_grad_(), normal(rng, 5, 6, 15)
-    codes, lengths = torch.from_numpy(rng.integers(0, 16, (5, 6, 4))), torch.from_numpy(rng.integers(1, 7, 5))
-    found = {}
-    for squared, kind in ((False, "cross-entropy"), (True, "squared error")):
-        model.config.squared = squared
-        losses = model.code_losses(answers, codes, motion, lengths)
-        found[kind] = losses["feature"]
-    return found | {"motion": losses["motion"]} | gradients(losses["motion"], answers=answers)
-
-
-def ask_step(code, rng):
-    model, past, style, audio, _ = small_model(code, rng, 9)
-    bias, caches = normal(rng, 2, 1, 5), [{} for _ in model.layers]
-    steps = [model.step(t, past[:, t:t + 1], style, audio[:, t:t + 1], bias, caches) for t in range(9)]
-    return {"frame 0": steps[0], "frames 1 to 4": torch.cat(steps[1:5], 1),
-            "frames beyond the memory": torch.cat(steps[5:], 1)}
-
-
-def ask_lip_vertex_errors(code, rng):
-    made, true = rng.standard_normal((2, int(rng.integers(5, 9)), 10, 3))
-    return {"errors": code.lip_vertex_errors(made, true, rng.permutation(10)[:4])}
-
-
-def ask_dynamics(code, rng):
-    motion = rng.standard_normal((int(rng.integers(8, 12)), 10, 3)) * rng.uniform(0.2, 2, (10, 1))
-    return {"dynamics": code.dynamics(motion, rng.permutation(10)[:4])}
+# -----------------------------------------------------------------------------
+# what a test is made of
 
 
 @dataclass(frozen=True)
 class Task:
-    name: str           # of the function, Class.method where it is one
+    test: Callable      # inputs -> parts
+    holder: object      # class or module that the function belongs to
+    attribute: str      # its name there
     points: int
-    ask: Callable
-    hints: dict         # what -> one line for whoever gets it wrong
+    title: str
+    given: str          # what the student may use
+
+    @property
+    def name(self):
+        return self.test.__name__
+
+    @property
+    def place(self):
+        return f"{self.holder.__name__}.{self.attribute}"
+
+    @property
+    def function(self):
+        return getattr(self.holder, self.attribute)
 
 
-TASKS = [
-    Task("log_mel", 4, ask_log_mel, {
-        "bands": "window around (s + 1/2) / (4 fps) seconds, Hann, |FFT|^2, bank, floor, log10, less speech_level"}),
-    Task("Quantiser.nearest", 2, ask_nearest, {
-        "indices": "the smallest squared distance wins; long codes count too; one index a row, as in z.flatten(0, -2)",
-        "vectors": "indices are whole numbers, int64"}),
-    Task("straight_through", 2, ask_straight_through, {
-        "value": "forward it must be z_q", "gradient of z_e": "backward the gradient must arrive at z_e unchanged",
-        "gradient of z_q": "nothing may arrive at z_q: which part has to be detached?"}),
-    Task("vq_loss", 4, ask_vq_loss, {
-        "loss": "two mean squared errors; beta weighs the second", "gradient of z_e": "only beta's term may move z_e",
-        "gradient of z_q": "only the first term, without beta, may move z_q",
-        "loss of padded sequences": "padding must not count: masked_mean(x, lengths) takes (B, T, channels)"}),
-    Task("perplexity", 2, ask_perplexity, {
-        "all codes in use": "shares, entropy in nats, exp", "some codes unused": "0 log 0 is 0, not NaN"}),
-    Task("periodic_positions", 2, ask_periodic_positions, {
-        "table": "row t: sin, cos, sin, cos, ...; a pair shares its angle t / 10000^(2i / width); t from 0",
-        "kind": "float32, as all the model computes with"}),
-    Task("causal_bias", 3, ask_causal_bias, {
-        "what is hidden": "frame i sees itself and the memory - 1 frames before it, -inf elsewhere",
-        "bias": "-slope * floor((i - j) / period), slopes 1/4, 1/16, ... by head"}),
-    Task("DecoderLayer.forward", 3, ask_decoder_layer, {
-        "all frames at once": "three branches, norm(x + dropout(branch)) each; frame t hears audio[:, t] and no other",
-        "frame by frame with a cache": "the self-attention needs the cache, the cross-attention must not have it"}),
-    Task("CodeTalker.code_losses", 4, ask_code_losses, {
-        "cross-entropy": "-log softmax(scores) at the real codes; padding does not count",
-        "squared error": "the answers against the vectors of the real codes; padding does not count",
-        "motion": "nearest codes of the answers, decoder, squared error, its weight; which sequences? no padding",
-        "gradient of answers": "the motion loss must reach the answers, straight through the quantiser"}),
-    Task("CodeTalker.step", 3, ask_step, {
-        "frame 0": "embed, the layers, query; bias and keys must be of one length: at frame 0 it is 1",
-        "frames 1 to 4": "positions go on (first), a cache for each layer, the last t + 1 columns of the bias",
-        "frames beyond the memory": "the bias has no more columns than the memory"}),
-    Task("lip_vertex_errors", 2, ask_lip_vertex_errors, {
-        "errors": "lips only; squared distance, no root; the largest vertex of each frame"}),
-    Task("dynamics", 2, ask_dynamics, {
-        "dynamics": "upper face only; |displacement|^2, its standard deviation over time, mean over vertices"}),
-]
+TASKS = []
+
+
+def task(holder, points, title, given="", attribute=None):
+    """Decorator of a test; the function that it tests has the same name, or `attribute`."""
+    def register(test):
+        TASKS.append(Task(test, holder, attribute or test.__name__, points, title, given))
+        return test
+    return register
+
+
+class Inputs:
+    """Random inputs of a test. It keeps a copy of each, to see later which have been changed."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.kept = []
+
+    def keep(self, value):
+        self.kept.append((value, copy.deepcopy(value)))
+        return value
+
+    def normal(self, *shape):
+        return self.keep(torch.from_numpy(self.rng.standard_normal(shape)).float())
+
+    def integers(self, low, high, *shape):
+        return self.keep(torch.from_numpy(self.rng.integers(low, high, shape)))
+
+    def changed(self):
+        return sum(not bool((value == before).all()) for value, before in self.kept)
+
+
+def gradient(scalar, tensor):
+    """d scalar / d tensor, zeros where it does not depend on it; None if scalar is no tensor."""
+    if torch.is_tensor(scalar):
+        scalar = scalar + 0 * tensor.sum()
+        return torch.autograd.grad(scalar, tensor, retain_graph=True)[0]
+
+
+def masked_loss(inputs, loss, predicted, target, hint):
+    """The parts of a loss over the real frames of a batch, without and with padding."""
+    predicted.requires_grad_()
+    for padding in ("without", "with"):
+        lengths = torch.from_numpy(inputs.rng.integers(1, 6, (3, 1)))
+        lengths[0] = 6
+        length_mask = inputs.keep((torch.arange(6) < lengths) | (padding == "without"))
+        value = loss(predicted, target, length_mask)
+        yield f"loss {padding} padding", value, f"{hint}, mean over all real frames together"
+        yield f"gradient {padding} padding", gradient(value, predicted), "0 on padding"
+
+
+def randomise(module):
+    """Random values for all weights: some start as zeros or ones, which would hide mistakes."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module.eval()
+
+
+def small_model():
+    """A CodeTalker of three heads, period 4, context 5; H = 4, C = 4, N = 16, K = 3, D = 12."""
+    vq_config = codetalker.VQConfig(vertices=5, dim=16, layers=1, heads=2, ffn_dim=24,
+                                    codes_per_frame=4, code_dim=4, codebook_size=16)
+    config = codetalker.ARConfig(styles=3, period=4, context=5, dim=12, heads=3, mel_bands=6,
+                                 audio_layers=1)
+    return randomise(codetalker.CodeTalker(config, codetalker.MotionAutoencoder(vq_config)))
+
+
+# -----------------------------------------------------------------------------
+# the tasks
+
+
+@task(codetalker.Quantiser, 2, "The nearest code", "self.codebook (N, C)")
+def nearest(inputs):
+    quantiser = codetalker.Quantiser(12, 3, beta=0.25)
+    quantiser.codebook.data = inputs.normal(12, 3) * torch.linspace(0.3, 2, 12)[:, None]
+    inputs.keep(quantiser.codebook.data)
+    for z in (inputs.normal(2, 10, 4, 3), inputs.normal(5, 3), inputs.keep(torch.zeros(1, 3))):
+        yield f"codes of z {tuple(z.shape)}", quantiser.nearest(z), (
+            "the smallest ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2 of the N codes e; only ||z||^2 may "
+            "be left out; int64, one index for each vector, so (..., C) becomes (...)")
+
+
+@task(codetalker, 1, "The straight-through gradient", "tensor.detach(): same value, no gradient")
+def straight_through(inputs):
+    z_e = inputs.normal(2, 3, 2, 4).requires_grad_()
+    z_q = inputs.normal(2, 3, 2, 4).requires_grad_()
+    result = codetalker.straight_through(z_e, z_q)
+    yield "value", result, "forward: z_q"
+    scalar = (inputs.normal(2, 3, 2, 4) * result).sum()
+    yield "gradient of z_e", gradient(scalar, z_e), "backward: as if the result were z_e"
+    yield "gradient of z_q", gradient(scalar, z_q), "none: z_q is in detached terms only"
+
+
+@task(codetalker, 4, "The two losses of the codebook", "F.mse_loss; tensor.detach() for sg")
+def vq_loss(inputs):
+    for beta in (0.25, 2 + inputs.rng.random()):
+        z_e = inputs.normal(2, 5, 2, 3).requires_grad_()
+        z_q = inputs.normal(2, 5, 2, 3).requires_grad_()
+        loss = codetalker.vq_loss(z_e, z_q, beta)
+        case = f" at beta {beta:.2f}: "
+        yield "loss" + case, loss, "its value is (1 + beta) * mean((z_e - z_q)^2)"
+        yield "gradient of z_e" + case, gradient(loss, z_e), (
+            "d/dz_e of beta * mean((z_e - sg(z_q))^2), the commitment loss, and of nothing else")
+        yield "gradient of z_q" + case, gradient(loss, z_q), (
+            "d/dz_q of mean((sg(z_e) - z_q)^2), the codebook loss, without beta; of nothing else")
+
+
+@task(metrics, 1, "Perplexity of the codes", "NumPy as np")
+def perplexity(inputs):
+    counts = inputs.rng.integers(1, 100, 30)
+    unused = np.arange(30) % 3 > 0
+    for what, counts in (("all codes used", counts), ("eight codes equally often", np.full(8, 5)),
+                         ("some codes unused", counts * unused), ("one code", np.array([0, 7]))):
+        yield what, metrics.perplexity(inputs.keep(counts)), (
+            "p = counts / sum; entropy -sum p ln p, in nats, where 0 ln 0 is 0; exp of it")
+
+
+@task(codetalker, 2, "Positions that repeat")
+def periodic_positions(inputs):
+    for period, dim in ((3, 2), (7, 6), (int(inputs.rng.integers(8, 30)), 16)):
+        yield f"period {period}, dim {dim}: ", codetalker.periodic_positions(period, dim), (
+            "row t is sin, cos, sin, cos, ...; columns 2i and 2i + 1 share the angle "
+            "t / 10000^(2i/dim); t starts at 0; float32")
+
+
+@task(codetalker, 3, "The biased causal mask", "the slope of head h = 1, 2, ... is 4^-h")
+def causal_mask(inputs):
+    drawn = inputs.rng.integers((12, 2, 2, 6), (20, 5, 6, 10)).tolist()
+    for frames, period, heads, context in ((8, 2, 3, 5), (6, 4, 4, 9), (1, 30, 1, 90), drawn):
+        mask = codetalker.causal_mask(frames, period, heads, context)
+        yield f"{frames} frames, period {period}, {heads} heads, context {context}: ", mask, (
+            "-inf in the future (j > i) and `context` or more frames back; elsewhere -4^-h * "
+            "floor((i - j) / period); float32")
+
+
+@task(codetalker.DecoderLayer, 3, "A decoder layer", """\
+self.self_attention(x, mask=mask, kv_cache=kv_cache), self.cross_attention(x, context),
+self.feed_forward(x), self.norm1, self.norm2, self.norm3, self.dropout. After each of the three:
+norm(x + dropout(y)). Frame t attends to the audio feature of frame t and to no other.""", "forward")
+def decoder_layer(inputs):
+    config = codetalker.ARConfig(styles=1, dim=12, heads=3, dropout=1.0)
+    layer = randomise(codetalker.DecoderLayer(config))
+    x = inputs.normal(2, 6, 12)
+    audio = inputs.normal(2, 6, 12)
+    future = torch.ones(6, 6).triu(diagonal=1) > 0
+    mask = inputs.keep(inputs.normal(3, 6, 6).masked_fill(future, -math.inf))
+    yield "all frames at once", layer(x, audio, mask), (
+        "three times x = norm(x + dropout(y)); the mask is for self-attention; x[:, t] attends to "
+        "audio[:, t] alone")
+    cache = codetalker.KVCache(4)
+    steps = [layer(x[:, t:t + 1], audio[:, t:t + 1], None, cache) for t in range(6)]
+    yield "frame 5, after five others with a kv_cache", steps[-1], (
+        "self-attention takes the cache, cross-attention must not")
+    yield "train mode, dropout of p = 1", layer.train()(x, audio, mask), (
+        "self.dropout acts on y, all three times, and on nothing else: at p = 1, y becomes 0")
+
+
+@task(codetalker.CodeTalker, 3, "Teacher forcing: shifted prediction", """\
+self.embed(prev, style) -> (B, T, D), prev being code vectors of the frame before each (the first
+frame has none: embed() ignores prev[:, 0]); self.layers, each called as layer(x, audio, mask);
+self.head; causal_mask; self.config.{period, heads, context}""")
+def predict(inputs):
+    model = small_model()
+    for frames in (9, 1):
+        past = inputs.normal(2, frames, 16)
+        z_hat = model.predict(past, inputs.normal(2, 3), inputs.normal(2, frames, 12))
+        yield f"z_hat of {frames} frames", z_hat, (
+            "prev[:, t] is past[:, t - 1]; then embed, all layers with the causal mask, head")
+
+
+@task(codetalker, 2, "The loss on codes", "F.cross_entropy and its ignore_index")
+def code_loss(inputs):
+    logits = inputs.normal(3, 6, 4, 7)
+    codes = inputs.integers(0, 7, 3, 6, 4)
+    hint = "-log softmax(logits) at the true codes"
+    yield from masked_loss(inputs, codetalker.code_loss, logits, codes, hint)
+
+
+@task(codetalker, 2, "The loss on motion")
+def motion_loss(inputs):
+    predicted = inputs.normal(3, 6, 15)
+    motion = inputs.normal(3, 6, 15)
+    hint = "squared error, mean over V*3"
+    yield from masked_loss(inputs, codetalker.motion_loss, predicted, motion, hint)
+
+
+@task(codetalker.CodeTalker, 4, "The generation loop", """\
+self.embed(prev, style, start=t); KVCache(size), one for each of self.layers, called as
+layer(x, audio, mask, kv_cache); self.head; self.logits(z_hat); self.sample(logits, temperature);
+self.code_vectors(codes); causal_mask; self.config.{temperature, period, heads, context}.
+The mask needs as many columns as there are keys: t + 1, at most `context`.""")
+def generate(inputs):
+    def sample(logits, temperature):
+        """In place of the model's: records its arguments and returns the codes of frame t."""
+        by_frame = logits.detach().reshape(2, -1, 4, 16)
+        sampled = codes[:, len(temperatures), None].expand(by_frame.shape[:-1])
+        all_logits.append(by_frame[:, -1])
+        temperatures.append(temperature)
+        return sampled.reshape(logits.shape[:-1])
+
+    model = small_model()
+    model.sample = sample
+    for frames, temperature in ((12, None), (7, 0), (1, 0.3)):
+        codes = inputs.integers(0, 16, 2, frames, 4)
+        all_logits = []
+        temperatures = []
+        generated = model.generate(inputs.normal(2, frames, 12), inputs.normal(2, 3), temperature)
+        case = f" of {frames} frames at temperature {temperature}"
+        yield "codes" + case, generated, "what self.sample returns for each frame, (B, T, H)"
+        yield "logits" + case, all_logits[:1], (
+            "frame 0: embed, layers, head, self.logits, then self.sample, once for each frame")
+        yield "logits of frames 1 to 4" + case, all_logits[1:5], (
+            "prev: vectors of the codes just sampled; start=t; audio[:, t:t + 1]; a cache for each "
+            "layer; the last t + 1 columns of the mask's last row")
+        yield "logits of later frames" + case, all_logits[5:], "`context` keys at most"
+        yield "temperatures" + case, temperatures, "config.temperature stands for None only"
+
+
+@task(metrics, 1, "Lip vertex error", "NumPy as np")
+def lip_vertex_errors(inputs):
+    for frames in (7, 1):
+        pred = inputs.normal(frames, 10, 3).numpy()
+        gt = inputs.normal(frames, 10, 3).numpy()
+        lips = inputs.rng.permutation(10)[:4].tolist()
+        yield f"errors of {frames} frames", metrics.lip_vertex_errors(pred, gt, lips), (
+            "squared distance of lip vertices, no root; the largest of each frame")
+
+
+@task(metrics, 1, "Upper-face dynamics, for FDD", "NumPy as np")
+def upper_face_std(inputs):
+    vertices = inputs.rng.permutation(10)[:4].tolist()
+    for scale in (1, 0.2):
+        motion = inputs.normal(9, 10, 3).numpy() * np.linspace(scale, 2, 10)[:, None]
+        yield f"std, scale {scale}", metrics.upper_face_std(inputs.keep(motion), vertices), (
+            "squared length of displacements, std over frames (no n - 1), mean over vertices")
+
+
 NAMES = [task.name for task in TASKS]
-METRICS = ["perplexity", "lip_vertex_errors", "dynamics"]           # from data.py; the rest is codetalker.py's
+UNCHANGED = "x += y and masked_fill_() change what belongs to the caller"
 
 
-def numbers_of(task, code, seed):
-    """What a task gets from the code with the inputs of this seed: {what: nested lists of numbers}."""
-    said = task.ask(code, np.random.default_rng([seed, *task.name.encode()]))
-    return {what: (value.detach() if torch.is_tensor(value) else np.asarray(value, float)).tolist()
-            for what, value in said.items()}
-
-
-# ========================================================================= source text: the key, and the student's file
-
-ONE_AT_A_TIME = Lock()              # ast counts its depth for all threads together and fails (Python 3.11)
-
-
-@lru_cache(maxsize=8)
-def functions(source):
-    """Where functions stand, with their decorators: {"name" or "Class.name": [(first line, line behind it), ...]}."""
-    found = {}
-    with ONE_AT_A_TIME:
-        tree = ast.parse(source)
-    for outer in tree.body:
-        inner = outer.body if isinstance(outer, ast.ClassDef) else [outer]
-        for node in inner:
-            if isinstance(node, ast.FunctionDef):
-                name = node.name if node is outer else f"{outer.name}.{node.name}"
-                first = min(line.lineno for line in [node, *node.decorator_list]) - 1
-                found.setdefault(name, []).append((first, node.end_lineno))
-    return found
-
-
-def definition(source, name):
-    """The text of a function, at the left margin."""
-    first, behind = functions(source)[name][-1]
-    return textwrap.dedent("\n".join(source.split("\n")[first:behind]))
-
-
-def replace(source, texts):
-    """The source with other functions: {name: text at the left margin}. Names that it has not are passed over."""
-    lines = source.split("\n")                          # not splitlines: Python's lines end nowhere else
-    places = [(first, behind, texts[name]) for name, found in functions(source).items() if name in texts
-              for first, behind in found]
-    for first, behind, text in sorted(places, reverse=True):
-        margin = lines[first][:len(lines[first]) - len(lines[first].lstrip())]
-        lines[first:behind] = [textwrap.indent(text, margin)]
-    return "\n".join(lines)
-
-
-def cut(text):
-    """A function's signature and docstring, and nothing behind them."""
-    docstring = ast.parse(text).body[0].body[0]
-    return "\n".join([*text.split("\n")[:docstring.end_lineno], "    raise NotImplementedError"])
-
-
-@lru_cache
-def key():
-    """The answer key in one file: codetalker.py, and the metrics that are tasks."""
-    model, data = ((ROOT / name).read_text(encoding="utf-8") for name in ("codetalker.py", "data.py"))
-    metrics = [definition(data, name) for name in METRICS]
-    return "\n\n\n".join([model.rstrip(), f"# {'=' * 92} metrics, from data.py\n\nimport numpy as np", *metrics]) + "\n"
-
-
-@contextmanager
-def new(path):
-    """What is there already may be somebody's work."""
+def describe(value):
+    """What is known of a result: type, shape and numbers; NaN for what is no number."""
+    kind = "None" if value is None else "numbers"
+    if torch.is_tensor(value):
+        kind = f"{value.dtype} tensor"
+        value = value.detach()
     try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: a new name expected, in a folder to write into ({error.strerror})") from None
+        array = np.array(value, float)
+    except (TypeError, ValueError):
+        array = np.array(math.nan)
+    return {"type": kind, "shape": list(array.shape), "numbers": array.ravel().tolist()}
 
 
-def students_file(names=NAMES):
-    """The student's file: the key without the bodies of these functions."""
-    return replace(key(), {name: cut(definition(key(), name)) for name in names})
+def run_test(task, seed, parts):
+    """Fill parts {what: description}; an exception leaves those before it."""
+    inputs = Inputs([seed, *task.name.encode()])
+    torch.manual_seed(seed)
+    try:
+        for what, value, hint in task.test(inputs):
+            parts[what] = describe(value) | {"hint": hint}
+    finally:
+        parts["inputs changed"] = describe(inputs.changed()) | {"hint": UNCHANGED}
+
+
+# -----------------------------------------------------------------------------
+# the student's file
+
+HEADER = '''"""
+Functions of CodeTalker, to be written by you: {points} points.
+
+Put the body of each function in place of its NotImplementedError. The docstring is the task: what
+goes in, what comes out, in which shape. Methods stand here as functions; `self` is the object that
+they will belong to, and "given" lists what there is to use. Keep names and arguments; add helpers
+and imports as you like. notebooks/assignment.ipynb explains each task, with an example.
+
+    python tests/grading.py student.py                          points, and what is wrong
+    python tests/grading.py student.py --tasks {example}
+
+B batch, T motion frames, V vertices, D model dimension, H codes per frame, C code dimension,
+N codebook size, K speaking styles
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from codetalker import {imports}
+'''
+
+
+def definition(task):
+    """The key's function, as it stands in a student's file."""
+    text = textwrap.dedent(inspect.getsource(task.function))
+    return text.replace(f"def {task.attribute}(", f"def {task.name}(", 1)
+
+
+def skeleton(task):
+    """Its decorators, signature and docstring."""
+    text = definition(task)
+    docstring = ast.parse(text).body[0].body[0]
+    lines = text.splitlines()[:docstring.end_lineno]
+    return "\n".join([*lines, "    raise NotImplementedError", ""])
+
+
+def students_file(tasks=TASKS, write=skeleton):
+    """The text of student.py; with write=definition that of the key."""
+    names = [task.name for task in tasks]
+    imports = "KVCache" if "causal_mask" in names else "KVCache, causal_mask"
+    points = sum(task.points for task in tasks)
+    parts = [HEADER.format(points=points, example=names[0], imports=imports)]
+    for task in tasks:
+        title = f"{NAMES.index(task.name) + 1}. {task.title} ({task.points} points)"
+        given = textwrap.indent(f"given: {task.given}\n", "# ") if task.given else ""
+        parts.append(f"\n# {'-' * 77}\n# {title:55} {task.place}\n{given}\n\n{write(task)}")
+    return "\n".join(parts)
 
 
 def write(path, tasks=TASKS):
-    """Make the student's file, which must not be there yet."""
-    with new(path), open(path, "x", encoding="utf-8") as file:
-        file.write(students_file([task.name for task in tasks]))
-
-
-def program(submission, name):
-    """What is run to judge one task alone: the submission, in which the key stands in for all other tasks."""
-    return replace(submission, {other: definition(key(), other) for other in NAMES if other != name})
+    """Write the student's file, which must not exist yet."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(students_file(tasks))
+    except FileExistsError:
+        raise ValueError(f"{path}: it exists, and may be somebody's work; give a new name") from None
 
 
 def read(path):
-    """A submission's text. Raises ValueError, in one line, for what is no Python file of this course."""
-    try:
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("1 MB at most expected")
-        source = Path(path).read_text(encoding="utf-8-sig")
-        if not functions(source).keys() & set(NAMES):
-            raise ValueError("none of the tasks' functions is in it")
-        return source
-    except OSError as error:
-        raise ValueError(f"{path}: a student's file expected ({error.strerror}); "
-                         "`python tests/exercises.py write student.py` makes one") from None
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        what = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else error
-        raise ValueError(f"{path}: a student's file expected, which Python can read ({what}); "
-                         "hand in the file that `write` made, solved") from None
+    """A submission's text. Raises ValueError for another file."""
+    source = Path(path).read_text(encoding="utf-8-sig")
+    if not any(f"\ndef {name}(" in f"\n{source}" for name in NAMES):
+        raise ValueError(f"{path}: none of the tasks' functions is in it; submit the file that "
+                         "`python tests/exercises.py write student.py` makes, with your functions")
+    return source
 
 
 def assemble(path, folder):
-    """A copy of this project in which the student's file is the model and holds the metrics."""
-    source, folder = read(path), Path(folder)
-    with new(folder):
-        folder.mkdir()
+    """Copy the project; the student's functions replace the key's. Returns their names."""
+    source, solved = read(path)
+    shutil.copytree(ROOT / "support", Path(folder, "support"))
     for script in ROOT.glob("*.py"):
-        text = script.read_text(encoding="utf-8")
-        if script.name == "data.py":
-            text = replace(text, {name: f"from codetalker import {name}" for name in METRICS})
-        (folder / script.name).write_text(source if script.name == "codetalker.py" else text, encoding="utf-8")
+        shutil.copy(script, folder)
+    Path(folder, "student.py").write_text(source, encoding="utf-8")
+    for task in TASKS:
+        sides = [task.place.removeprefix("codetalker.").removeprefix("metrics."),
+                 f"student.{task.name}"]
+        if task.name not in solved:         # not written yet: the student's others use the key's
+            sides.reverse()
+        file = "support/metrics.py" if task.holder is metrics else "codetalker.py"
+        with open(Path(folder, file), "a", encoding="utf-8") as file:
+            file.write(f"\nimport student\n{' = '.join(sides)}\n")
+    return solved
 
 
 def chosen(text):
-    """An argparse type: names of tasks with commas between -> the tasks."""
-    unknown = [name for name in text.split(",") if name not in NAMES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"names out of {', '.join(NAMES)} expected, commas between, "
-                                         f"found {', '.join(unknown)}")
-    return [task for task in TASKS if task.name in text.split(",")]
+    """An argparse type: names of tasks, separated by commas -> the tasks."""
+    names = text.split(",")
+    if not set(names) <= set(NAMES):
+        raise argparse.ArgumentTypeError(f"names out of {', '.join(NAMES)} expected, found {text}")
+    return [task for task in TASKS if task.name in names]
 
 
 def main():
-    from data import CommandLine, cannot
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from support.command import ArgumentParser, one_line_errors
+    parser = ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["write", "assemble"])
     parser.add_argument("file", help="the student's file")
-    parser.add_argument("folder", nargs="?", help="assemble: the folder to make")
-    parser.add_argument("--tasks", type=chosen, default=TASKS, help="write: only these, commas between (default: all)")
-    with cannot():
+    parser.add_argument("folder", nargs="?", default="mine", help="assemble: the folder to make")
+    parser.add_argument("--tasks", type=chosen, default=TASKS,
+                        help="write: these alone, separated by commas (default: all)")
+    with one_line_errors():
         args = parser.parse_args()
-        if args.command == "assemble":
-            if args.folder is None:
-                raise ValueError("assemble: a student's file and the name of a new folder expected, found no folder")
-            assemble(args.file, args.folder)
-            print(f"cd {args.folder} && python train_vq.py && python train_ar.py && python infer.py")
-        else:
+        if args.command == "write":
             write(args.file, args.tasks)
-            print(f"{args.file}: {len(args.tasks)} tasks, {sum(task.points for task in args.tasks)} points")
+            print(f"{args.file}: {sum(task.points for task in args.tasks)} points to earn")
+        else:
+            solved = assemble(args.file, args.folder)
+            print(f"yours: {', '.join(solved) or 'nothing yet'}; the rest is the repository's\n"
+                  f"cd {args.folder} && python train_vq.py && python train_ar.py && python infer.py")
 
 
 if __name__ == "__main__":
