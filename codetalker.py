@@ -688,6 +688,6 @@ def load(path, stage, device="cpu", classes=(MotionAutoencoder, CodeTalker)):
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:          # whatever a missing, damaged or older file leads to
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise ValueError(f"{path}: a checkpoint of {expected}, of this version, expected ({reason});"
-                         f" `python train_{stage}.py` writes one") from None
+        raise ValueError(f"{path}: a checkpoint of {expected}, of this version, expected "
+                         f"({reason}); `python train_{stage}.py` writes one") from None
     return model.to(device).eval(), checkpoint

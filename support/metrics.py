@@ -56,7 +56,7 @@ def motion_variance(vertices):
 
 def correlation(a, b):
     """Pearson's r of two curves (T,); 0 if one of them is constant."""
-    if a.std() == 0 or b.std() == 0:
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
 

@@ -186,6 +186,9 @@ def test_presets_have_the_published_number_of_parameters(preset, vertices, style
     assert count(autoencoder) == stage1
     assert count(model) - stage1 == stage2
     assert count(model.audio_encoder) == 94_371_712
+    frozen = {name.split(".")[1] for name, parameter in model.named_parameters()
+              if name.startswith("audio_encoder.") and not parameter.requires_grad}
+    assert frozen == {"convs", "conv_norm"}
 
 
 # -----------------------------------------------------------------------------
@@ -329,11 +332,43 @@ def test_wav2vec2_is_imported_with_and_without_its_last_layer(recording, tmp_pat
     recognition = {f"wav2vec2.{key}": tensor for key, tensor in bare.items()}
     torch.save(recognition | {"lm_head.weight": torch.zeros(3, 3)}, tmp_path / "recognition.bin")
     sizes, a = published.import_wav2vec2(tmp_path / "bare.bin")
+    assert published.ar_sizes("vocaset", tmp_path / "bare.bin", 30)["wav2vec2"] == sizes
     _, b = published.import_wav2vec2(tmp_path / "recognition.bin")
     assert sizes["dim"] == recording.data["wav2vec2"]["hidden_size"]
     assert all(torch.equal(a.state_dict()[key], value) for key, value in b.state_dict().items())
     key = a.layers[1].attention.key.weight
     assert torch.equal(key, bare["encoder.layers.1.attention.k_proj.weight"])
+
+
+def test_training_starts_from_wav2vec2(vocaset_model, biwi_model, recording, tmp_path):
+    weights = {key: tensor + 1 for key, tensor in recording.wav2vec2_weights().items()}
+    torch.save(weights, tmp_path / "wav2vec2.bin")
+    vocaset_model.audio_encoder.layers[0].attention.heads = 1       # as sizes are read off weights
+    published.load_wav2vec2(vocaset_model, tmp_path / "wav2vec2.bin")
+    bias = vocaset_model.audio_encoder.project.bias
+    assert torch.equal(bias, weights["feature_projection.projection.bias"])
+    with pytest.raises(ValueError, match="--wav2vec2: .* give its pytorch_model.bin"):
+        published.load_wav2vec2(biwi_model, None)
+    with pytest.raises(ValueError, match="--preset biwi: 25 frames per second expected"):
+        published.ar_sizes("biwi", None, 30)
+
+
+def test_released_models_need_templates_alone(tmp_path):
+    recording = Recording("vocaset", tmp_path)
+    template = recording.data["template"].reshape(-1, 3).numpy()
+    with pytest.raises(ValueError, match="--released needs --data"):
+        published.open_released(*recording.paths, None)
+    for faces, message in ((template[:9], "60 motion channels expected"), (template, None)):
+        (tmp_path / "templates.pkl").write_bytes(pickle.dumps({"zoe": faces}))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                published.open_released(*recording.paths, tmp_path)
+    (tmp_path / "mesh.obj").write_text("f 1 2 3\n")
+    model, data = published.open_released(*recording.paths, tmp_path)
+    assert not model.training
+    assert (data.fps, data.scale, data.subjects) == (30, 1, ["0", "1", "2"])
+    assert data.triangles.tolist() == [[0, 1, 2]]
+    assert np.array_equal(data.vertices(np.zeros((1, 60)), "zoe")[0], template)
 
 
 def test_other_files_are_refused_in_one_line(recording, tmp_path):
