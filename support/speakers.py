@@ -2,23 +2,23 @@
 The synthetic data set: twelve subjects who do not exist speak 600 sentences, half an hour in all.
 
 VOCASET and BIWI must be requested from their authors; this data set is computed on first use. A
-formant synthesiser speaks random sentences, and a face made of formulas moves with them.
+formant synthesiser speaks random sentences, and the blendshapes of a face move with them.
 You do not need this file to understand the paper.
 
 Map of this file
     voice     tables of phones and words; a source-filter synthesiser after Klatt (1980)
-    face      a procedural mesh, its blendshapes, and the template of each subject
+    face      the mean face (face.npz), the template of each subject, and the blendshapes
     clips     what a subject does with a sentence: the lips follow the phones, the rest is random
     folder    build_speakers writes all clips in the layout of FaceFormer and CodeTalker
 
-Units: seconds, hertz, metres (millimetres while the mesh is built). Frame t covers the time from
-t / FPS to (t + 1) / FPS and shows the face at its centre. Same seed, same bytes.
+Units: seconds, hertz, metres (the constants of the face: millimetres). Frame t covers the time
+from t / FPS to (t + 1) / FPS and shows the face at its centre. Same seed, same bytes.
 """
 import json
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,10 +26,8 @@ from types import SimpleNamespace
 import numpy as np
 from numpy import clip, cos, exp, pi, sin, sqrt, where
 from scipy import fft
-from scipy.interpolate import PchipInterpolator
 from scipy.io import wavfile
 from scipy.ndimage import gaussian_filter1d
-from scipy.spatial import Delaunay, cKDTree
 
 SAMPLE_RATE = 16_000                # Hz, as the model expects it
 FPS = 30                            # motion frames per second
@@ -46,7 +44,7 @@ UPPER_FACE_SHAPES = ("blink_left", "blink_right", "brow_left", "brow_right",
 BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 
 # -----------------------------------------------------------------------------
-# voice: phones and words
+# voice: phones, words, and the parameters of a subject
 
 # One line per phone (ARPAbet; -Y and -W are the second halves of diphthongs)
 # F1 F2 F3    formants of men, Hz: vowels Peterson & Barney 1952, table II; the rest Klatt 1980,
@@ -109,31 +107,25 @@ VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
 STOPS = "P B T D K G CH JH".split()
 GLIDE = {"AW": "-W", "AY": "-Y", "EY": "-Y", "OW": "-W", "OY": "-Y"}    # how a diphthong ends
 
-
-@dataclass
-class Phone:
-    """A line of PHONE_TABLE."""
-    formants: np.ndarray        # (3,) Hz
-    coarticulation: float
-    ms: float
-    source: np.ndarray          # (7,) voicing, aspiration, dB, centre, half-width, velum, muffling
-    lips: np.ndarray            # (7,) targets of LIP_SHAPES in 0..1
-    dominance: np.ndarray       # (2,) of jaw and lips
-
-
-PHONES = {}                         # name -> Phone
+PHONES = {}                         # name -> a line of PHONE_TABLE
 for line in PHONE_TABLE.strip().splitlines()[1:]:
     name, *numbers = line.split()
     row = np.array(numbers, float)
-    PHONES[name] = Phone(row[:3], row[3], row[4], row[5:12], row[12:19], row[19:])
+    PHONES[name] = SimpleNamespace(
+        formants=row[:3],           # Hz
+        coarticulation=row[3],
+        ms=row[4],
+        source=row[5:12],           # voicing, aspiration, dB, centre, half-width, velum, muffling
+        lips=row[12:19],            # targets of LIP_SHAPES in 0..1
+        dominance=row[19:],         # of jaw and lips
+    )
 
 # Words by part of speech, in the CMU dictionary's ARPAbet; 1 marks the stressed vowel.
 LEXICON = """
 det the DH AH, a AH, my M AY, your Y AO R, this DH IH S, our AW ER, his HH IH Z, their DH EH R
 det some S AH M, that DH AE T, each IY CH, no N OW, both B OW TH, these DH IY Z, her HH ER, an AE N
 prep in IH N, of AH V, on AA N, with W IH DH, for F AO R, from F R AH M, to T UW, at AE T, by B AY
-prep under AH N D ER, above AH B AH V, behind B IH HH AY N D, between B IH T W IY N
-prep through TH R UW
+prep under AH N D ER, above AH B AH V, behind B IH HH AY N D, between B IH T W IY N, through TH R UW
 pron I AY, you Y UW, he HH IY, she SH IY, we W IY, they DH EY, people P IY1 P AH L
 pron nobody N OW1 B AA D IY
 aux was W AH Z, will W IH L, can K AE N, could K UH D, should SH UH D, may M EY, must M AH S T
@@ -194,66 +186,44 @@ def make_sentence(rng):
     return ["," if kind == "," else str(rng.choice(WORDS[kind])) for kind in kinds]
 
 
-# -----------------------------------------------------------------------------
-# voice: the parameters of a subject
-
-
-@dataclass
-class Voice:
-    pitch: float                # mean fundamental frequency, Hz
-    vocal_tract: float          # length of the vocal tract, relative to the men of PHONE_TABLE
-    speaking_rate: float        # 1 = unhurried conversation
-    accent_semitones: float     # rise of the pitch in an accent
-    breathiness: float          # 0..1: breath noise and open quotient
-    spectral_tilt: float        # corner frequency of the glottal low-pass, Hz
-    jitter: float               # standard deviation of the period, relative
-    shimmer: float              # standard deviation of the pulses' amplitude, relative
-    bandwidth: float            # factor on the formants' bandwidths
-    clarity: float              # 1 = clear speech, 0 = mumbled: vowel space, closures, bursts
-    nasality: float             # 0..1: how far the open velum spreads into vowels
-    dialect: int                # seed of the subject's vowel qualities
-
-
 def lognormal(rng, deviation, size=None):
     """A random factor around 1."""
     return exp(rng.normal(0, deviation, size))
 
 
 def make_voice(rng, height):
-    """Draw a Voice; height 0 is the lowest, 1 the highest.
+    """Draw a voice; height 0 is the lowest, 1 the highest.
 
     Higher voices have shorter vocal tracts on average, as from men over women to children.
     """
     pitch = 80 * 3.5 ** height
-    vocal_tract = 1.03 - 0.17 * np.log2(pitch / 100)
-    vocal_tract += rng.normal(0, 0.06)
-    return Voice(
-        pitch=pitch,
-        vocal_tract=clip(vocal_tract, 0.76, 1.12),
-        speaking_rate=rng.uniform(0.8, 1.35),
-        accent_semitones=rng.uniform(1, 4),
-        breathiness=rng.random(),
-        spectral_tilt=700 * 8 ** rng.random(),
-        jitter=rng.uniform(0.003, 0.02),
-        shimmer=rng.uniform(0.02, 0.1),
-        bandwidth=rng.uniform(0.8, 1.6),
-        clarity=rng.uniform(0.5, 1),
-        nasality=rng.uniform(0.2, 1),
-        dialect=rng.integers(2 ** 31),
+    vocal_tract = 1.03 - 0.17 * np.log2(pitch / 100) + rng.normal(0, 0.06)
+    return SimpleNamespace(
+        pitch=pitch,                                # mean fundamental frequency, Hz
+        vocal_tract=clip(vocal_tract, 0.76, 1.12),  # length, relative to the men of PHONE_TABLE
+        speaking_rate=rng.uniform(0.8, 1.35),       # 1 = unhurried conversation
+        accent_semitones=rng.uniform(1, 4),         # rise of the pitch in an accent
+        breathiness=rng.random(),                   # 0..1: breath noise and open quotient
+        spectral_tilt=700 * 8 ** rng.random(),      # corner of the glottal low-pass, Hz
+        jitter=rng.uniform(0.003, 0.02),            # standard deviation of the period, relative
+        shimmer=rng.uniform(0.02, 0.1),             # the same of the pulses' amplitude
+        bandwidth=rng.uniform(0.8, 1.6),            # factor on the formants' bandwidths
+        clarity=rng.uniform(0.5, 1),                # 1 = clear: vowel space, closures, bursts
+        nasality=rng.uniform(0.2, 1),               # 0..1: how far nasals spread into vowels
+        dialect=rng.integers(2 ** 31),              # seed of the subject's vowel qualities
     )
 
 
 def vary_voice(voice, rng):
-    """The Voice of one clip: varied so widely that a few subjects cover many voices."""
+    """The voice of one clip: varied so widely that a few subjects cover many voices."""
     deviations = {"pitch": 0.25, "vocal_tract": 0.08, "speaking_rate": 0.13,
                   "accent_semitones": 0.3, "spectral_tilt": 0.5, "bandwidth": 0.2}
-    varied = {}
+    varied = dict(vars(voice))
     for name, deviation in deviations.items():
-        varied[name] = getattr(voice, name) * lognormal(rng, deviation)
+        varied[name] *= lognormal(rng, deviation)
     for name in ("breathiness", "clarity", "nasality"):
-        shift = rng.normal(0, 0.25)
-        varied[name] = clip(getattr(voice, name) + shift, 0, 1)
-    return replace(voice, **varied)
+        varied[name] = clip(varied[name] + rng.normal(0, 0.25), 0, 1)
+    return SimpleNamespace(**varied)
 
 
 # -----------------------------------------------------------------------------
@@ -274,18 +244,18 @@ def assign_durations(words, voice, rng):
     for i, word in enumerate(words):
         if word == ",":
             phones.append(draw_pause(0.15, 0.45, rng))
-            continue
-        stress = 1.2 if i == emphasised else 0.5
-        phrase_final = (words + [","])[i + 1] == ","
-        phones += draw_word(word, stress, phrase_final, voice, rng)
+        else:
+            stress = 1.2 if i == emphasised else 0.5
+            phrase_final = (words + [","])[i + 1] == ","
+            phones += draw_word(word, stress, phrase_final, voice, rng)
     phones.append(draw_pause(0.2, 0.4, rng))
 
     segments = []
     accents = []
     end = 0.0
     for phone, seconds, stress in phones:
+        start = end
         end += seconds
-        start = end - seconds
         segments.append((start, end, phone))
         if stress:
             accents.append(((start + end) / 2, stress))
@@ -311,8 +281,8 @@ def draw_word(word, stress, phrase_final, voice, rng):
         if phrase_final and i >= vowels[-1]:
             factor *= rng.uniform(1.2, 1.6)
         seconds = PHONES[phone].ms / 1000 * factor * lognormal(rng, 0.18)
-        seconds = float(seconds / voice.speaking_rate)
-        timed.append((phone, max(seconds, 0.025), phone_stress))
+        seconds = max(seconds / voice.speaking_rate, 0.025)
+        timed.append((phone, float(seconds), phone_stress))
     return timed
 
 
@@ -331,14 +301,12 @@ def formant_tracks(segments, times, voice, rng):
         if i in vowels:
             first, last = vowels[i]
         else:                                           # a consonant: moved by the vowels around
-            before = [vowels[j][1] for j in (i - 1, i - 2, i - 3) if j in vowels]
-            after = [vowels[j][0] for j in (i + 1, i + 2, i + 3) if j in vowels]
-            before = before[0] if before else neutral
-            after = after[0] if after else neutral
+            before = [neutral] + [vowels[j][1] for j in range(i - 3, i) if j in vowels]
+            after = [vowels[j][0] for j in range(i + 1, i + 4) if j in vowels] + [neutral]
             locus = PHONES[phone].formants * lognormal(rng, 0.04, 3)
             share = PHONES[phone].coarticulation * np.array([0.5, 1, 1])
-            first = locus + share * (before - locus)
-            last = locus + share * (after - locus)
+            first = locus + share * (before[-1] - locus)
+            last = locus + share * (after[0] - locus)
         knots.append(0.75 * start + 0.25 * end)
         knots.append(0.25 * start + 0.75 * end)
         formants += [first, last]
@@ -368,13 +336,12 @@ def vowel_formants(segments, neutral, voice, rng):
 
 
 def control_tracks(segments, times, voice, rng):
-    """Phone.source at `times` -> (7, n), the level of the noise as an amplitude instead of dB."""
+    """The sources of the phones at `times` -> (7, n); noise as an amplitude instead of dB."""
     steps = []                                          # (from this time on, source (7,))
     for i, (start, end, phone) in enumerate(segments):
         source = PHONES[phone].source.copy()
         source[[0, 1, 6]] *= lognormal(rng, (0.2, 0.3, 0.35))
-        source[2] = 10 ** (source[2] / 20)
-        source[2] *= lognormal(rng, 0.35)
+        source[2] = 10 ** (source[2] / 20) * lognormal(rng, 0.35)
         if phone in STOPS:
             next_phone = segments[i + 1][2]
             steps += stop_steps(start, end, phone, next_phone, source, voice, rng)
@@ -545,8 +512,7 @@ def simulate_recording(audio, rng):
     low_pass = 1 + (hertz / high) ** 12
     microphone /= sqrt(high_pass * low_pass)
     # Background noise, from white to brown.
-    hiss = fft.rfft(rng.standard_normal(n))
-    hiss *= hertz ** -rng.uniform(0, 1)
+    hiss = fft.rfft(rng.standard_normal(n)) * hertz ** -rng.uniform(0, 1)
     noise = fft.irfft(hiss * microphone, n)[:len(audio)]
     noise /= noise.std()
     speech = fft.rfft(audio, n) * fft.rfft(room, n)
@@ -559,471 +525,63 @@ def simulate_recording(audio, rng):
 
 
 # -----------------------------------------------------------------------------
-# face: procedural mesh, no need to read (until make_template)
+# face: templates and blendshapes
 
-# In millimetres. Half a head is drawn on a flat chart: row v runs up the head, column c (0 in the
-# middle of the face, HALF_GIRTH at the back) stands at the angle pi c / HALF_GIRTH.
-HALF_GIRTH = 230.0
+# In millimetres: x to the subject's left, y up from the eyes, z forward.
 MOUTH_Y = -65.0
-MOUTH_WIDTH = 24.0
-EYE = np.array([31.0, 0.0, 61.5])
+EYE = np.array([31.0, 0.0, 61.5])               # centre of the left eyeball
 EYE_RADIUS = 16.5
 HINGE = np.array([0, -12.0, 8.0])               # of the jaw, in front of the ears
 JAW_ANGLE = np.radians(13.0)                    # at jaw = 1; the lips are then 22 mm apart
-
-
-def read_table(text, columns):
-    return np.array(text.split(), float).reshape(-1, columns)
-
-
-# Row v; its height in front, at the side; its reach to the front, to the side, to the back.
-OUTLINE = read_table("""
-    -190 -156 -156 34 48 57    -150 -122 -118 31 42 52    -135 -114 -100 44 43 52
-    -116 -111  -84 70 45 53    -104 -105  -74 84 49 56     -90  -90  -64 88 55 58
-     -65  -65  -48 89 61 68     -30  -30  -25 86 68 86       0    0    0 84.5 72.5 95
-      30   30   30 91 75 98      60   60   60 89 74 95      90   85   85 76 65 82
-     116 102.5 102.5 52 46 56   137  110  110 24 22 26     150  112  112  0  0  0
-    """, 6)
-# The nose: row v, height of its ridge, half its width.
-NOSE = read_table("""
-    -49  0   9   -45  4   9   -42.5 11   9   -40 19   9.5  -37 24 10  -33 24.5 10
-    -27 19 9.5   -18 13.5 8    -8    8 7.2     2  4.2 7     13 1.6 9   26  0   12
-    """, 3)
-# Bumps: column, row, widths, height. Cheekbone, cheek, eye socket, brow ridge, temple, jaw corner,
-# mouth, fold beside the nose, groove above the lip, fold under the lower lip, chin.
-BUMPS = read_table("""
-    48 -22 17 14 5    36 -36 14 14 3    31   3 19 11 -4    34  21 20 7  3     88 25 20 22 -4
-    92 -84 22 16 3     0 -66 26 17 3    32 -52  6 12 -1.5   0 -53  3 7 -1.5    0 -84 20 6 -3.5
-     0 -98 20 11 5
-    """, 5)
-HAIRLINE = read_table("""
-     0 81    16 80    32 76    46 69    58 59    67 47    76 37     85  28    93  18    99  14
-   104 20   109 28   119 33   131 26   137  8   139 -14  145 -38   160 -56   185 -67   208 -72
-   230 -73
-    """, 2)
-NOSE_POINTS = read_table("""
-    0 -33  0 -37  0 -41.5  0 -44  5 -38  11 -41.5  15 -41.5  19.5 -37  17 -36  20.5 -33  12.5 -34
-    17.5 -31  6.5 -42
-    """, 2)                                                     # the last is the nostril
-# Filler vertices: spacing, greatest column, lowest and highest row.
-FILLER = read_table("4.8 22 -47 8    9.8 62 -112 34    15 95 -124 70    20 231 -180 130", 4)
-
-# Features are rings of vertices, outermost first. Lips: half width, upper and lower height, Cupid's
-# bow, forward. Rings 2 to 4 are the red (in 4 the lips meet), 5 and 6 the dark cavity behind.
-LIP = read_table("""
-    31.5 14 15.5 .6 .2    27 9.2 11.4 1.4 .9    25.6 7.4 9.4 1.4 2.6    24.8 3.6 4.8 .6 4.2
-    24    0  0    0  0    21 11  13   0 -14       .01 0   0   0  -42
-    """, 5)
-# Lids: beyond the margin, off the eyeball, depth of the cheek (0: the eyeball's), share of a blink.
-LID = read_table("""
-    11 0 1 .1    7 1.5 .5 .34    4 1.6 .1 .7    1.6 1.5 0 .92    0 .9 0 1    -1 -1 0 1
-    """, 4)
-EAR = read_table("1 0 0  1.12 7 -6  1.1 11 -9  .8 6 -5  .4 1 -1  .02 0 0", 3)   # size, out, back
-BROW = read_table("1.6 .04  .75 0", 2)                          # half thickness, beyond the ends
-
-# Red green blue in 0..1 of some labels of vertices; all others have the skin's.
-COLOUR_TABLE = """
-    skin .87 .66 .55     hair .28 .19 .14       lip2 .76 .44 .41     lip3 .76 .44 .41
-    lip4 .48 .22 .21     lip5 .2  .06 .06       lip6 .2  .06 .06     lid4 .22 .14 .12
-    lid5 .22 .14 .12     lower_lid .7 .48 .4    brow1 .28 .19 .14    nostril .35 .17 .14
-    ear4 .7  .48 .4      ear5 .7  .48 .4        tooth .94 .91 .84    pupil .03 .03 .04
-    iris .36 .52 .58     limbus .17 .27 .33     white .93 .92 .9
-    """
-COLOURS = {}                        # label -> (3,)
-for row in np.reshape(COLOUR_TABLE.split(), (-1, 4)):
-    COLOURS[str(row[0])] = row[1:].astype(float)
-
-# The skin that a blendshape moves: which side, |x|, y, widths, displacement in the centre (x
-# outwards, y, z).
-BLENDSHAPE_PATCHES = """
-    protrude     all     0 -65 24 15    0  0    8
-    round        all    25 -65 16 15  -11  0    3
-    round        above   0 -62 10  8    0 -2    1
-    round        below   0 -68 10  8    0 -1.2  1
-    spread       all    27 -65 14 16    7  2   -2.5
-    raise_upper  above   0 -60 22 14    0  6    1
-    tuck         below   0 -67 19  9    0  1   -6
-    squint       all    34 -15 18  8    0  2    1
-    brow_left    left   34  30 24 13    0  8    0.5
-    brow_right   right  34  30 24 13    0  8    0.5
-    frown        all    14  27 14 12   -5 -6    1.5
-    cheek        all    38 -26 18 14    1  5    3
-    cheek        all    26 -65 13 12    4  5   -1.5
-    """
-# What makes a subject, at one standard deviation: jaw, chin (2), nose (4), eyes, brows,
-# cheekbones, mouth. Columns as above.
-TRAIT_PATCHES = read_table("""
-    60 -80 40 35 4 0 0    0 -102 30 20 0 -5 0    0 -100 28 18 0 0 3    16 -37 9 9 2.5 0 0
-     0 -36 16 12 0 -3 0   0  -34 12 14 0  0 3    0   -8  9 14 0 0 2    32 0 22 18 1.8 0 0
-    30 26 30 10 0 2.5 0  50  -24 20 18 2.5 0 4  26  -65 14 14 2 0 0
-    """, 7)
-
-outline_at = PchipInterpolator(OUTLINE[:, 0], OUTLINE[:, 1:])
-nose_at = PchipInterpolator(NOSE[:, 0], NOSE[:, 1:])
-
-
-def smoothstep(t):
-    t = clip(t, 0, 1)
-    return t ** 2 * (3 - 2 * t)
-
-
-def bell(x, y, x0, y0, width, height):
-    return exp(-((x - x0) / width) ** 2 - ((y - y0) / height) ** 2)
-
-
-def soft_patch(points, x0, y0, width, height, *direction):
-    """Displacements (V, 3) around (x0, y0) and (-x0, y0); nothing behind the ears moves."""
-    x, y, z = points.T
-    weight = smoothstep((z + 20) / 50)
-    weight *= bell(abs(x), y, x0, y0, width, height)
-    displacement = weight[:, None] * direction
-    displacement[:, 0] *= clip(x / 12, -1, 1)           # x: outwards on both sides
-    return displacement
-
-
-def chart_column(x, v):
-    """Chart column of the points x mm beside the middle in the rows v."""
-    side = outline_at(v)[..., 3]
-    return np.arcsin(clip(x / side, 0, 1)) * HALF_GIRTH / pi
-
-
-def skin_at(c, v):
-    """Chart (n,), (n,) -> skin (n, 3): elliptic rows, features pushed outwards from the axis."""
-    sine = sin(pi * c / HALF_GIRTH)
-    cosine = cos(pi * c / HALF_GIRTH)
-    y_front, y_side, front, side, back = outline_at(v).T
-    x = side * sine
-    y = y_front + (y_side - y_front) * sine ** 3
-    z = where(cosine > 0, front, back) * cosine
-    ridge, width = nose_at(clip(v, -49, 26)).T
-    nose = ridge * exp(-abs(x / width) ** 2.2)
-    nose -= 4 * bell(x, v, 6.5, -42, 3.2, 2.2)          # nostril
-    wing = ((x - 13.5) / 5.2) ** 2 + ((v + 36) / 5.2) ** 4
-    nose += 9 * exp(-wing)
-    out = sum(height * bell(c, v, *place) for *place, height in BUMPS)
-    out += nose * (cosine > 0)
-    x += out * sine
-    z += out * cosine
-    above_hairline = v - np.interp(c, *HAIRLINE.T)
-    hair = 1 + 0.04 * smoothstep(above_hairline / 12)
-    return np.stack([x, y, z], 1) * hair[:, None]
-
-
-def sew(sheet, closed=False):
-    """Triangles (n, 3) of a sheet of vertices (rows, columns); closed: into a tube."""
-    if closed:
-        sheet = np.concatenate([sheet, sheet[:, :1]], 1)
-    a = sheet[:-1, :-1]
-    b = sheet[:-1, 1:]
-    c = sheet[1:, :-1]
-    d = sheet[1:, 1:]
-    return np.stack([a, c, b, b, c, d], -1).reshape(-1, 3)
-
-
-class HalfHead:
-    """Vertices of the left half: their labels, places on the chart (n, 2), positions (n, 3)."""
-
-    def __init__(self):
-        self.labels = []
-        self.chart = np.empty((0, 2))
-        self.points = np.empty((0, 3))
-
-    def add(self, label, c, v, points=None):
-        """Add vertices at (c, v) on the chart; points (n, 3) if they are not on the skin."""
-        c, v = np.broadcast_arrays(c, v)
-        if points is None:
-            points = skin_at(c, v)
-        self.labels += [label] * len(c)
-        self.chart = np.concatenate([self.chart, np.stack([c, v], 1)])
-        self.points = np.concatenate([self.points, points])
-
-    def rings(self, name, table):
-        """Indices of a feature's vertices (rings, columns)."""
-        first = self.labels.index(f"{name}0")
-        columns = self.labels.count(f"{name}0")
-        index = first + np.arange(len(table) * columns)
-        return index.reshape(-1, columns)
-
-
-def add_lips(half):
-    t = np.linspace(0, pi, 13)                          # upper middle, corner, lower middle
-    lift = abs(cos(t))
-    for k, (width, upper, lower, bow, forward) in enumerate(LIP):
-        x = width * sin(t)
-        rise = upper * lift ** 1.3
-        fall = lower * lift ** 1.2
-        v = MOUTH_Y + where(t < pi / 2, rise, -fall)
-        dip = exp(-(x / 3.5) ** 2)
-        dip -= 0.5 * exp(-((x - 7) / 4) ** 2)
-        v -= (t < 1) * bow * dip
-        c = chart_column(x * (lift < 1), v)
-        y = v + 0.0016 * x ** 2                         # the corners a little up
-        z = skin_at(c, y)[:, 2]
-        z += forward * lift ** 0.7 if k < 5 else forward
-        if k >= 4:
-            v = MOUTH_Y + (6 - k) * cos(t)
-        half.add(f"lip{k}", c, v, np.stack([x, y, z], 1))
-
-
-def add_lids(half):
-    t = np.arange(16) * pi / 8                          # outer corner, top, inner corner, bottom
-    for k, (beyond, off, cheek, _) in enumerate(LID):
-        dx = (15 + beyond) * cos(t)                     # from the middle of the eye
-        height = where(sin(t) > 0, 6.8 + beyond, 4.8 + 0.9 * beyond)
-        x = EYE[0] + dx
-        y = height * sin(t) + 0.06 * dx
-        c = chart_column(x, y)
-        depth_squared = (EYE_RADIUS + off) ** 2 - dx ** 2 - y ** 2
-        ball = EYE[2] + sqrt(np.maximum(depth_squared, 40))
-        z = cheek * skin_at(c, y)[:, 2] + (1 - cheek) * ball
-        half.add(f"lid{k}", c, y, np.stack([x, y, z], 1))
-
-
-def add_ears(half):
-    t = np.arange(10) * pi / 5                          # rear, top, front, lobe
-    c = (12 + 2 * sin(t)) * cos(t)
-    v = 26 * sin(t)
-    base = skin_at(118 + c, -5 + v)
-    centre = base.mean(0)
-    rear = (0.5 + 0.5 * cos(t))[:, None]
-    for k, (size, out, back) in enumerate(EAR):
-        flare = rear * (out, 0, back) + (0.2 * out, 0, 0)
-        points = centre + (base - centre) * size + flare
-        chart_c = 118 + c * (1 - 0.17 * k)
-        chart_v = -5 + v * (1 - 0.17 * k)
-        half.add(f"ear{k}", chart_c, chart_v, points)
-
-
-def add_brows(half):
-    s = np.linspace(0, 1, 8)
-    s = np.append(s, s[::-1])                           # along the lower edge, back on the upper
-    edge = np.repeat((-1, 1), 8)
-    for k, (thick, beyond) in enumerate(BROW):
-        x = 14 + 36 * (s + beyond * (2 * s - 1))
-        y = 17.5 + 8 * sin(pi * (0.21 + 0.61 * s))
-        y += edge * thick * (1.2 + 3.2 * s ** 0.4 * (1 - s))
-        half.add(f"brow{k}", chart_column(x, y), y)
-
-
-def add_hair_and_nose(half):
-    along = np.gradient(HAIRLINE, axis=0)
-    length = np.linalg.norm(along, axis=1, keepdims=True)
-    across = along[:, ::-1] * (-1, 1) / length
-    across[[0, -1], 0] = 0
-    half.add("hairline", *HAIRLINE.T)
-    half.add("hair_edge", *(HAIRLINE + 4 * across).T)   # the hair begins 4 mm further up
-    x, y = NOSE_POINTS.T
-    half.add("nose", chart_column(x, y), y)
-    half.labels[-1] = "nostril"
-    half.add("crown", np.linspace(0, HALF_GIRTH, 7), 139.0)
-    half.add("neck", np.linspace(0, HALF_GIRTH, 10), -190.0)
-
-
-def add_filler(half):
-    """Hexagonal lattices, fine at the nose, coarse on the skull, clear of all other vertices."""
-    for spacing, c_high, v_low, v_high in FILLER:
-        v, c = np.mgrid[v_low:v_high:0.9 * spacing, 0:c_high:spacing]
-        c[1::2] += 0.3 * spacing
-        c[c < 0.6 * spacing] = 0
-        c[c > HALF_GIRTH - 0.5 * spacing] = HALF_GIRTH
-        on_eye = np.hypot((c - 32) / 25, v / 16) < 1
-        on_mouth = np.hypot(c / 38, (v - MOUTH_Y) / 12) < 1
-        distance, _ = cKDTree(half.chart).query(np.stack([c, v], -1))
-        free = (distance > 0.72 * spacing) & ~on_eye & ~on_mouth
-        half.add("fill", c[free], v[free])
-    half.add("top", [0.0], 150.0)
-
-
-def triangulate(half, lip, lid, ear, brow):
-    """Triangles (n, 3): rings are sewn ring to ring, Delaunay joins what lies between features."""
-    top = len(half.chart) - 1
-    rings = (lip, lid, ear, brow)
-    inner = np.concatenate([ring[1:].ravel() for ring in rings])
-    outer = np.setdiff1d(np.arange(top), inner)
-    triangles = outer[Delaunay(half.chart[outer]).simplices]
-    for ring in rings:                                  # the features themselves stay open
-        inside = np.isin(triangles, ring[0]).all(1)
-        triangles = triangles[~inside]
-    lower_edge, upper_edge = np.split(brow[1], 2)
-    brow_strip = np.stack([lower_edge, upper_edge[::-1]])
-    clockwise = [sew(lid, True), sew(ear, True), sew(brow, True), sew(brow_strip)]
-    turned = [piece[:, ::-1] for piece in clockwise]
-    crown = np.flatnonzero(np.array(half.labels) == "crown")
-    roof = [(a, b, top) for a, b in zip(crown, crown[1:])]
-    return np.concatenate([triangles, sew(lip), *turned, roof])
-
-
-def tooth_row(top, bottom, front):
-    """An arch of teeth (2, 17, 3) and its colours; odd columns are the gaps."""
-    angle = np.linspace(-1.2, 1.2, 17)
-    gap = np.arange(17) % 2
-    z = front - 22 * (1 - cos(angle)) - 0.5 * gap
-    arch = np.stack([23 * sin(angle), 0 * angle, z], 1)
-    upper_edge = arch + (0, top, -1)
-    lower_edge = arch + (0, bottom, 0)
-    sheet = np.stack([upper_edge, lower_edge])
-    colours = COLOURS["tooth"] * (1 - 0.18 * gap)[:, None]
-    return sheet, np.tile(colours, (2, 1))
-
-
-def eyeball(side):
-    """Rings around the pupil (7, 12, 3) and their colours; side 1: the left eye, -1: the right."""
-    polar = np.radians([0.5, 9, 10, 20.5, 22, 45, 75])[:, None]
-    turn = -np.arange(12) * pi / 6
-    x = sin(polar) * sin(turn)
-    y = sin(polar) * cos(turn)
-    z = cos(polar) + 0 * turn
-    sheet = EYE * (side, 1, 1) + EYE_RADIUS * np.stack([x, y, z], -1)
-    labels = "pupil pupil iris limbus white white white".split()
-    return sheet, np.repeat([COLOURS[label] for label in labels], 12, axis=0)
-
-
-def skin_colours(labels, y, hairy):
-    colours = np.array([COLOURS.get(label, COLOURS["skin"]) for label in labels])
-    colours[hairy] = COLOURS["hair"]
-    lower_margin = np.isin(labels, ["lid4", "lid5"]) & (y < 0)
-    colours[lower_margin] = COLOURS["lower_lid"]        # no lashes
-    return colours
-
-
-def jaw_share_of_skin(x, c, v):
-    """Chin and lower lip turn with the jaw, corners of the mouth half, upper lip and neck not."""
-    across = clip(abs(x) / MOUTH_WIDTH, 0, 1)           # 1 at the corners
-    below = MOUTH_Y - v
-    reach = 12 + 0.6 * clip(c - 30, 0, None)
-    fade = exp(-abs(below) / reach)
-    towards_corner = 1 - (1 - across ** 2) ** 0.6
-    lower = 1 - 0.55 * fade * towards_corner
-    upper = 0.45 * fade * across ** 4
-    share = where(below > 0, lower, upper)
-    share *= smoothstep((115 - c) / 65)
-    share *= smoothstep((v + 155) / 45)
-    return share
-
-
-def add_patches(deltas, skin, below):
-    """Add BLENDSHAPE_PATCHES to deltas (14, n, 3) m; below: mm under the line of the lips (n,)."""
-    x = skin[:, 0]
-    sides = {"all": np.full(len(x), True),
-             "above": below < 0,
-             "below": below > 0,
-             "left": x > 0,
-             "right": x < 0}
-    for line in BLENDSHAPE_PATCHES.strip().splitlines():
-        name, side, *numbers = line.split()
-        patch = soft_patch(skin, *map(float, numbers))
-        patch *= sides[side][:, None]
-        deltas[BLENDSHAPES.index(name)] += patch / 1000
-
-
-def lip_follow(x, y, c, below, columns):
-    """Vertices around the mouth (n,), and how far each follows each closing pair (n, pairs)."""
-    around = (np.hypot(x, y - MOUTH_Y) < 34) & (c < 90)
-    near = np.flatnonzero(around & (abs(below) > 1e-9))
-    x = x[near]
-    height = abs(y[near] - MOUTH_Y)
-    reach = exp(-((height - 5).clip(0) / 14) ** 2)
-    reach *= clip((32 - abs(x)) / 8, 0, 1)
-    reach *= where(below[near] < 0, -0.2, 0.8)          # mostly the lower lip
-    hats = [np.interp(x, columns, hat) for hat in np.eye(len(columns))]
-    follow = np.stack(hats, 1) * reach[:, None]
-    return near, follow.astype(np.float32)
-
-
-def mirror(half):
-    """Both halves, with one middle line -> skin (n, 3), columns and rows on the chart (n,), labels
-    (n,), and for each vertex of `half` the index of its mirror image."""
-    c = half.chart[:, 0]
-    paired = (c > 0) & (c < HALF_GIRTH)
-    half.points[~paired, 0] = 0
-    twin = np.arange(len(paired))
-    twin[paired] = len(paired) + np.arange(paired.sum())
-    labels = np.array(half.labels)
-    labels = np.append(labels, labels[paired])
-    skin = np.concatenate([half.points, half.points[paired] * (-1, 1, 1)])
-    c, v = np.concatenate([half.chart, half.chart[paired]]).T
-    return skin, c, v, labels, twin
-
-
-def add_loose_parts(vertices, triangles, colours):
-    """Append upper teeth, lower teeth, left and right eyeball; the last result is their indices."""
-    loose_parts = [
-        tooth_row(top=-56, bottom=-68, front=85.5),
-        tooth_row(top=-66.8, bottom=-76, front=83),
-        eyeball(side=1),
-        eyeball(side=-1),
-    ]
-    indices = []
-    for sheet, sheet_colours in loose_parts:
-        rows, columns, _ = sheet.shape
-        index = len(vertices) + np.arange(rows * columns).reshape(rows, columns)
-        indices.append(index)
-        vertices = np.concatenate([vertices, sheet.reshape(-1, 3)])
-        colours = np.concatenate([colours, sheet_colours])
-        triangles = np.concatenate([triangles, sew(index, closed=rows > 2)])
-    return vertices, triangles, colours, indices
+BLINK_SHARE = np.array([0.1, 0.34, 0.7, 0.92, 1, 1])    # of the six rings of a lid, outermost first
+# How subjects differ: the arguments of soft_patch, at one standard deviation of each trait.
+TRAIT_PATCHES = np.loadtxt("""
+    # x0   y0 width height direction
+    60    -80  40 35   4    0   0       # jaw width
+     0   -102  30 20   0   -5   0       # chin length
+     0   -100  28 18   0    0   3       # chin forward
+    16    -37   9  9   2.5  0   0       # nose width
+     0    -36  16 12   0   -3   0       # nose length
+     0    -34  12 14   0    0   3       # tip of the nose
+     0     -8   9 14   0    0   2       # bridge of the nose
+    32      0  22 18   1.8  0   0       # distance of the eyes
+    30     26  30 10   0    2.5 0       # height of the brows
+    50    -24  20 18   2.5  0   4       # cheekbones
+    26    -65  14 14   2    0   0       # mouth width
+    """.splitlines())
 
 
 def build_face():
-    """The mean face, always the same, as a namespace:
+    """The mean face, read from face.npz -> a namespace of arrays.
 
-    template (V, 3) metres; triangles (F, 3) int, counter-clockwise from outside; colours (V, 3) in
-    0..1; lips (the red), upper_face (lids, brows, forehead): lists of vertices; lip_gap [upper,
-    lower]: the inner lips in the middle. The rest is the rig of apply_blendshapes.
+    template    (V, 3) m
+    triangles   (F, 3) vertices, counter-clockwise from outside
+    colours     (V, 3) red, green, blue in 0..1
+    lips, upper_face    vertices: the red of the lips; lids, brows and forehead
+    lip_gap     (2,) the inner lips in the middle, upper and lower
+    The rest is for apply_blendshapes:
+    deltas      (14, V, 3) m, displacement of each blendshape at 1
+    jaw_share   (V,) share of the jaw's rotation
+    upper, lower        (11,) pairs of vertices that meet when the mouth closes, right to left
+    corner      (11,) 1 at the corners of the mouth, 0 in the middle
+    near, follow        (n,) vertices around the mouth; (n, 11) their share in closing each pair
+    lids, eyeballs      (2, 6, 16), (2, 7, 12) rings of vertices, the left eye first
+
+    The file was computed once by procedural code, which is in the repository's history.
     """
-    half = HalfHead()
-    for add in (add_lips, add_lids, add_ears, add_brows, add_hair_and_nose, add_filler):
-        add(half)
-    lip = half.rings("lip", LIP)
-    lid = half.rings("lid", LID)
-    ear = half.rings("ear", EAR)
-    triangles = triangulate(half, lip, lid, ear, half.rings("brow", BROW))
-
-    skin, c, v, labels, twin = mirror(half)
-    x, y, z = skin.T
-    below = MOUTH_Y - v
-    hairy = np.isin(labels, ["hair_edge", "fill", "crown", "top"])
-    hairy &= v > np.interp(c, *HAIRLINE.T) + 1
-    triangles = np.concatenate([triangles, twin[triangles][:, ::-1]])
-    colours = skin_colours(labels, y, hairy)
-    vertices, triangles, colours, loose_parts = add_loose_parts(skin, triangles, colours)
-    _, lower_teeth, left_eyeball, right_eyeball = loose_parts
-
-    jaw_share = np.zeros(len(vertices), np.float32)
-    jaw_share[:len(skin)] = jaw_share_of_skin(x, c, v)
-    jaw_share[lower_teeth] = 1
-    deltas = np.zeros((len(BLENDSHAPES), *vertices.shape), np.float32)
-    add_patches(deltas[:, :len(skin)], skin, below)
-    line = lip[4]                                       # where the lips meet: upper, corner, lower
-    right_upper = twin[line[5:0:-1]]
-    right_lower = twin[line[7:-1]]
-    upper = np.append(right_upper, line[:6])            # pairs across the mouth, right to left
-    lower = np.append(right_lower, line[:6:-1])
-    corner = smoothstep(abs(x[upper]) / MOUTH_WIDTH * 2.2 - 0.6)
-    near, follow = lip_follow(x, y, c, below, x[upper])
-    bare = ~hairy & (labels != "hairline")
-    upper_face = bare & (y > -10) & (z > 20) & (abs(x) < 62)
-    return SimpleNamespace(
-        template=vertices / 1000,
-        triangles=triangles,
-        colours=colours,
-        lips=np.flatnonzero(np.isin(labels, ["lip2", "lip3", "lip4"])).tolist(),
-        upper_face=np.flatnonzero(upper_face).tolist(),
-        lip_gap=line[[0, -1]].tolist(),
-        jaw_share=jaw_share,                # (V,) share of the jaw's rotation
-        deltas=deltas,                      # (14, V, 3) m, displacement of each blendshape at 1
-        upper=upper,                        # (11,) vertices of the upper lip, and ...
-        lower=lower,                        # (11,) ... opposite on the lower
-        corner=corner,                      # (11,) 1 at the corners of the mouth
-        near=near,                          # (n,) vertices that move when a pair closes
-        follow=follow,                      # (n, 11) by which share of the pair's gap
-        lids=[lid, twin[lid]],              # (6, 16) rings of the left lids, of the right
-        eyeballs=[left_eyeball, right_eyeball],     # (7, 12) each
-    )
+    with np.load(Path(__file__).with_name("face.npz"), allow_pickle=False) as arrays:
+        return SimpleNamespace(**arrays)
 
 
-# -----------------------------------------------------------------------------
-# face: templates and blendshapes
+def soft_patch(points, x0, y0, width, height, *direction):
+    """Displacements (V, 3) by `direction` (outwards, up, forward) around (x0, y0) and (-x0, y0)."""
+    x, y, z = points.T
+    t = clip((z + 20) / 50, 0, 1)
+    weight = t ** 2 * (3 - 2 * t)                       # 0 behind the ears, 1 in front
+    weight *= exp(-((abs(x) - x0) / width) ** 2 - ((y - y0) / height) ** 2)
+    displacement = weight[:, None] * direction
+    displacement[:, 0] *= clip(x / 12, -1, 1)           # outwards on both sides
+    return displacement
 
 
 def make_template(face, rng):
@@ -1045,10 +603,8 @@ def make_template(face, rng):
 
 
 def rotate(points, index, centre, angle):
-    """Rotate points (T, V, 3) at index (n,) in place, about the x axis through centre (3,).
-
-    angle (T, n) in radians; positive angles move the front up.
-    """
+    """Rotate points (T, V, 3) at index (n,) in place, about an axis along x through centre (3,).
+    angle (T, n) in radians; positive angles move the front up."""
     cosine = cos(angle)
     sine = sin(angle)
     y = points[:, index, 1] - centre[1]
@@ -1064,12 +620,10 @@ def apply_blendshapes(face, template, weights):
     """
     weights = np.asarray(weights, np.float32)
     template = np.asarray(template, np.float32)
-    if weights.ndim != 2 or weights.shape[1] != len(BLENDSHAPES):
-        raise ValueError(f"apply_blendshapes expects weights (T, {len(BLENDSHAPES)}), "
-                         f"found {weights.shape}; the columns are BLENDSHAPES")
-    if template.shape != face.template.shape:
-        raise ValueError(f"apply_blendshapes expects template {face.template.shape}, "
-                         f"found {template.shape}; take the one of make_subject or build_face")
+    if template.shape != face.template.shape or weights.shape[1:] != (len(BLENDSHAPES),):
+        raise ValueError(f"apply_blendshapes expects template {face.template.shape} and weights "
+                         f"(T, {len(BLENDSHAPES)}), found {template.shape} and {weights.shape}; "
+                         "templates are those of build_face and make_subject")
     weight = dict(zip(BLENDSHAPES, weights.T[..., None]))           # each (T, 1)
     vertices = template + np.tensordot(weights, face.deltas, 1)     # (T, V, 3)
 
@@ -1105,7 +659,7 @@ def close_lids(vertices, template, lid, eye, blink, squint):
     squint = squint.clip(0, 1)
     for half, margin, squint_share in ((upper, top, 0.25), (lower, bottom, 1.0)):
         amount = 1 - (1 - blink) * (1 - squint_share * squint)      # (T, 1)
-        angle = LID[:, 3:] * (meet - margin)                        # (rings, 7)
+        angle = BLINK_SHARE[:, None] * (meet - margin)              # (rings, 7)
         angle = amount * angle.ravel()                              # (T, rings * 7)
         rotate(vertices, half.ravel(), eye, angle.astype(np.float32))
 
@@ -1123,18 +677,16 @@ def articulate(segments, times):
     exponentially before and after it; the weight is the dominance-weighted mean of the targets.
     A closure (P B M) or a lip under the teeth (F V) dominates its neighbours while it is held.
     """
-    spans = []                                          # (start, end)
-    phones = []
+    spans = []                                          # (start, end, of PHONES)
     for start, end, name in segments:
         end = release_time(start, end, name)
-        phones.append(PHONES[name])
+        middle = 0.45 * start + 0.55 * end if name in GLIDE else end
+        spans.append((start, middle, PHONES[name]))
         if name in GLIDE:
-            middle = 0.45 * start + 0.55 * end
-            spans.append((start, middle))
-            phones.append(PHONES[GLIDE[name]])
-            start = middle
-        spans.append((start, end))
-    start, end = np.array(spans).T
+            spans.append((middle, end, PHONES[GLIDE[name]]))
+    starts, ends, phones = zip(*spans)
+    start = np.array(starts)
+    end = np.array(ends)
     targets = np.array([phone.lips for phone in phones])            # (phones, 7)
     jaw_dominance, lip_dominance = np.array([phone.dominance for phone in phones]).T
 
@@ -1159,25 +711,15 @@ def articulate(segments, times):
     return clip(weights, 0, 1)
 
 
-@dataclass
-class Gestures:
-    """How one subject moves."""
-    lip_amplitude: float            # factor on all lip shapes
-    asymmetry: float                # how much more the left brow moves than the right, relative
-    brow_probability: float         # that an accent raises the brows
-    blink_rate: float               # blinks per minute, besides those at pauses
-    idle_amplitude: float           # of the slow motions: brows, frown, squint, cheek
-
-
 def make_gestures(rng):
-    """Draw Gestures. Speakers blink 10 to 25 times a minute, often at pauses (Bentivoglio et al.
-    1997; Nakano & Kitazawa 2010)."""
-    return Gestures(
-        lip_amplitude=rng.uniform(0.9, 1.1),
-        asymmetry=rng.uniform(-0.3, 0.3),
-        brow_probability=rng.uniform(0.5, 0.9),
-        blink_rate=rng.uniform(4, 12),
-        idle_amplitude=rng.uniform(0.5, 1.5),
+    """How one subject moves. Speakers blink 10 to 25 times a minute, often at pauses (Bentivoglio
+    et al. 1997; Nakano & Kitazawa 2010)."""
+    return SimpleNamespace(
+        lip_amplitude=rng.uniform(0.9, 1.1),        # factor on all lip shapes
+        asymmetry=rng.uniform(-0.3, 0.3),           # how much more the left brow moves, relative
+        brow_probability=rng.uniform(0.5, 0.9),     # that an accent raises the brows
+        blink_rate=rng.uniform(4, 12),              # blinks per minute, besides those at pauses
+        idle_amplitude=rng.uniform(0.5, 1.5),       # of slow motions: brows, frown, squint, cheek
     )
 
 
@@ -1195,8 +737,7 @@ def upper_face_motion(segments, accents, times, gestures, rng):
     blink_times += list(rng.uniform(0, times[-1], random_blinks))
     blink = np.zeros(len(times))
     for time in blink_times:
-        phase = times - time - rng.normal(0, 0.05)
-        phase /= rng.uniform(0.9, 1.2)
+        phase = (times - time - rng.normal(0, 0.05)) / rng.uniform(0.9, 1.2)
         # Lids fall in 80 ms and rise in 160 ms (VanderWerf et al. 2003).
         closed = np.minimum(phase / 0.08 + 1.2, 1.2 - phase / 0.16)
         blink += clip(closed, 0, 1)
@@ -1221,8 +762,8 @@ def upper_face_motion(segments, accents, times, gestures, rng):
 @dataclass
 class Subject:
     number: int                     # in the order of SUBJECTS
-    voice: Voice
-    gestures: Gestures
+    voice: SimpleNamespace          # of make_voice
+    gestures: SimpleNamespace       # of make_gestures
     face: SimpleNamespace           # of build_face
     template: np.ndarray            # (V, 3) m
 
@@ -1243,9 +784,8 @@ def make_clip(seed, subject, sentence, take=0):
     """A subject speaks a sentence -> audio, vertices, segments, weights.
 
     audio (samples,) float at 16 kHz; vertices (T, V, 3) float32 m; segments [(start s, end s,
-    phone)]; weights (T, 14) of BLENDSHAPES. The take changes the face alone: the lips by a few
-    per cent, the upper face is drawn anew. So each take is a sample of the motion that may go
-    with this audio.
+    phone)]; weights (T, 14) of BLENDSHAPES. Each take is a sample of the motion that may go with
+    this audio: the lips differ by a few per cent, the upper face is drawn anew.
     """
     person = make_subject(seed, subject)
     voice_rng = np.random.default_rng([seed, person.number, sentence])
@@ -1271,14 +811,9 @@ def make_clip(seed, subject, sentence, take=0):
 # folder
 
 
-def clip_name(subject, sentence):
-    return f"{subject}_sentence{sentence:02d}"
-
-
-def write_clip(folder, seed, subject, sentence):
+def write_clip(folder, name, seed, subject, sentence):
     """Make one clip and write its wav, its npy and its phones (start s, end s, ARPAbet)."""
     audio, vertices, segments, _ = make_clip(seed, subject, sentence)
-    name = clip_name(subject, sentence)
     samples = np.round(audio * 32767).astype(np.int16)
     wavfile.write(folder / "wav" / f"{name}.wav", SAMPLE_RATE, samples)
     frames = vertices.reshape(len(vertices), -1)        # (T, V*3)
@@ -1296,8 +831,9 @@ def write_data_set(folder, seed, progress):
         splits[split] = []
         for subject in subjects:
             for sentence in SENTENCES[split]:
-                splits[split].append(clip_name(subject, sentence))
-                jobs.append((folder, seed, subject, sentence))
+                name = f"{subject}_sentence{sentence:02d}"
+                splits[split].append(name)
+                jobs.append((folder, name, seed, subject, sentence))
     with ProcessPoolExecutor() as pool:
         written = pool.map(write_clip, *zip(*jobs), chunksize=5)
         for _ in progress(written, "building the synthetic speakers", total=len(jobs)):
@@ -1316,21 +852,17 @@ def write_data_set(folder, seed, progress):
         "splits": splits,
         "triangles": face.triangles.tolist(),
         "colours": face.colours.round(3).tolist(),
-        "lips": face.lips,
-        "upper_face": face.upper_face,
-        "lip_gap": face.lip_gap,
+        "lips": face.lips.tolist(),
+        "upper_face": face.upper_face.tolist(),
+        "lip_gap": face.lip_gap.tolist(),
     }
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
-def no_progress(items, text, total=None):
-    return items
-
-
-def build_speakers(folder, seed=0, progress=no_progress):
+def build_speakers(folder, seed=0, progress=lambda clips, text, total: clips):
     """Write the data set into `folder`, which appears under its name only when it is complete.
 
-    12 subjects, 600 clips. progress(items, text, total) wraps the finished clips, as tqdm does.
+    progress(clips, text, total) wraps the finished clips, as tqdm does.
     """
     part = Path(f"{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
