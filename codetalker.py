@@ -240,7 +240,8 @@ class Quantiser(nn.Module):
         z_q = F.embedding(codes, self.codebook)
         loss = vq_loss(z_e, z_q, self.beta)
         if self.training:
-            self.usage += codes.flatten().bincount(minlength=len(self.usage))
+            ones = torch.ones_like(codes, dtype=torch.float)
+            self.usage.index_add_(0, codes.flatten(), ones.flatten())   # counts each code
         return straight_through(z_e, z_q), codes, loss
 
     @torch.no_grad()
@@ -607,10 +608,13 @@ class CodeTalker(nn.Module):
 
         loss_code = code_loss(self.logits(z_hat), codes, length_mask)
 
-        # motion loss: decode the nearest codes, with the gradient straight through to z_hat
+        # motion loss: decode the nearest codes, with the gradient straight through to z_hat; on
+        # padding the true codes, as the decoder attends to all frames
         subset = slice(None, None, self.config.motion_loss_every)
         z_hat = z_hat[subset].unflatten(-1, (codes.shape[2], -1))           # (B/4, T, H, C)
         z_q, _, _ = self.autoencoder.quantiser(z_hat)
+        padding = self.code_vectors(codes[subset]).view_as(z_q)
+        z_q = torch.where(length_mask[subset, :, None, None], z_q, padding)
         predicted = self.autoencoder.decoder(z_q)                           # (B/4, T, V*3)
         loss_motion = motion_loss(predicted, motion[subset], length_mask[subset])
         return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}

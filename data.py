@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from codetalker import SAMPLE_RATE
 from support import speakers
-from support.command import ArgumentParser, one_line_errors, progress
+from support.command import ArgumentParser, free_memory, one_line_errors, progress
 from support.files import (check_finite, flatten, open_npy, read_audio, read_description,
                            read_templates, some, vertex_list)
 
@@ -117,6 +117,8 @@ class DataSet(Faces):
     def __init__(self, folder):
         self.folder = Path(folder)
         self.warnings = []
+        self.device = "cpu"         # of the tensors that motion(), audio_features(), style() return
+        self.motion_cache = {}
         self.audio_cache = {}
         if not (self.folder / "vertices_npy").is_dir():
             found = "no vertices_npy/" if self.folder.is_dir() else "no such folder"
@@ -245,8 +247,23 @@ class DataSet(Faces):
 
     def motion(self, clip, start=None, stop=None):
         """The model's view of a clip: (vertices - template) / scale, (T, V*3) float32 tensor."""
+        if clip.name in self.motion_cache:
+            return self.motion_cache[clip.name][start:stop]
         displacement = self.read_frames(clip, start, stop) - self.templates[clip.subject]
-        return torch.from_numpy(displacement / self.scale)
+        return torch.from_numpy(displacement / self.scale).to(self.device)
+
+    def load_motion(self, clips, device):
+        """Keep the motion of these clips on the device, if a third of its memory is enough for it.
+
+        Training then reads no files and copies nothing to the device: crops are slices.
+        """
+        self.device = device
+        needed = 4 * self.channels * sum(clip.frames for clip in clips)             # bytes
+        if free_memory(device) < 3 * needed:
+            print(f"{needed / 1e9:.1f} GB of motion do not fit on {device}: read from disk instead")
+            return
+        for clip in progress(clips, "loading motion"):
+            self.motion_cache[clip.name] = self.motion(clip)
 
     def audio(self, clip):
         """The clip's speech, (samples,) float32 tensor at 16 kHz."""
@@ -264,7 +281,7 @@ class DataSet(Faces):
         """model.preprocess_audio() of a clip, frames start ... stop; computed once, then cached."""
         if clip.name not in self.audio_cache:
             features = model.preprocess_audio(self.audio(clip), self.fps, clip.frames)
-            self.audio_cache[clip.name] = features
+            self.audio_cache[clip.name] = features.to(self.device)
         features = self.audio_cache[clip.name]
         steps = len(features) // clip.frames        # audio steps per frame
         stop = clip.frames if stop is None else stop
@@ -318,12 +335,13 @@ def collate(sequences):
     """Sequences (T_i, ...) -> batch (B, T, ...), short ones filled up with their last frame, and
     length_mask (B, T), which is False there."""
     longest = max(len(sequence) for sequence in sequences)
-    padded = []
-    for sequence in sequences:
+    batch = []
+    length_mask = torch.ones(len(sequences), longest, dtype=torch.bool, device=sequences[0].device)
+    for row, sequence in enumerate(sequences):
         padding = sequence[-1:].expand(longest - len(sequence), *sequence.shape[1:])
-        padded.append(torch.cat([sequence, padding]))
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return torch.stack(padded), torch.arange(longest) < lengths[:, None]
+        batch.append(torch.cat([sequence, padding]))
+        length_mask[row, len(sequence):] = False
+    return torch.stack(batch), length_mask
 
 
 def main():

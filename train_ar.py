@@ -81,13 +81,13 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     print(f"stage 2 on {device}: {sum(p.numel() for p in trainable):,} parameters, "
           f"{len(data.splits['train'])} clips, styles {', '.join(data.subjects)}")
 
-    # the codes of all training motion: stage 1 is frozen, so they are computed once
-    codes = {}
+    check_writable(out)
+    data.load_motion(data.splits["train"], device)
+    styles = {subject: data.style(subject).to(device) for subject in data.subjects}
+    codes = {}                                  # stage 1 is frozen, so they are computed once
     with torch.no_grad():
         for clip in data.splits["train"]:
-            codes[clip.name] = model.autoencoder.encode(data.motion(clip)[None].to(device))[0]
-
-    check_writable(out)
+            codes[clip.name] = model.autoencoder.encode(data.motion(clip)[None])[0]
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps
@@ -100,11 +100,9 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         motion, length_mask = collate([data.motion(*crop) for crop in crops])
         code_batch, _ = collate([codes[clip.name][a:b] for clip, a, b in crops])
         audio, _ = collate([data.audio_features(clip, model, a, b) for clip, a, b in crops])
-        style = torch.stack([data.style(clip.subject) for clip, _, _ in crops])
+        style = torch.stack([styles[clip.subject] for clip, _, _ in crops])
         if args.preset == "small":
             audio = perturb_vocal_tract(audio)
-        motion, length_mask = motion.to(device), length_mask.to(device)
-        audio, style = audio.to(device), style.to(device)
 
         # 3. forward, backward, step
         model.train()

@@ -83,6 +83,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
           f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
 
     check_writable(out)
+    data.load_motion(data.splits["train"], device)
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps
@@ -93,7 +94,6 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         # 2. a batch of random crops of motion (B, T, V*3)
         crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
         motion, _ = collate([data.motion(*crop) for crop in crops])
-        motion = motion.to(device)
 
         # 3. dead codes start again from encoder outputs
         model.train()

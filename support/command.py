@@ -3,6 +3,7 @@ What the commands have in common: flags, errors in one line, progress with the t
 """
 import argparse
 import math
+import os
 import sys
 import tempfile
 import time
@@ -101,6 +102,15 @@ def pick_device(name):
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: a device of this machine expected ({reason})") from None
     return name
+
+
+def free_memory(device):
+    """Bytes: free memory of a GPU, or all memory of this computer (where Python can tell)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf"):                          # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def training_state(optimiser, step, log, best, args, data):

@@ -222,7 +222,7 @@ class Wav2Vec2(nn.Module):
         return x
 
     def spec_augment(self, x, length=10):
-        """Overwrite spans of ten steps, 5 % of x (B, S, dim) but at least two spans (Park 2019)."""
+        """SpecAugment: overwrite spans of ten steps, 5 % of x (B, S, dim) but two spans or more."""
         batch, steps, _ = x.shape
         spans = max(2, round(0.05 * steps / length))
         start = torch.randint(max(1, steps - length), (batch, spans, 1), device=x.device)
@@ -279,11 +279,10 @@ class PaperCodeTalker(CodeTalker):
 
     @torch.no_grad()
     def preprocess_audio(self, audio, fps, frames):
-        """A recording (samples,) at 16 kHz -> what its frozen convolutions give, (frames * k, 512).
+        """A recording (samples,) at 16 kHz -> what the frozen convolutions give, (frames * k, 512).
 
         That is a constant of the recording, so it is computed once. k = 1: resampled to the frame
         rate. k = 2: at 50 Hz, for 25 fps; surplus steps are dropped, missing ones repeat the last.
-        On the CPU.
         """
         k = self.config.audio_steps_per_frame
         audio = (audio - audio.mean()) / (audio.var(correction=0) + 1e-7).sqrt()
@@ -300,7 +299,7 @@ class PaperCodeTalker(CodeTalker):
                 missing = max(0, steps - x.shape[-1])
                 x = F.pad(x[..., :steps], (0, missing), mode="replicate")
             parts.append(x.transpose(1, 2))                             # (1, steps, 512)
-        return join_pieces(parts, k)[0].cpu()
+        return join_pieces(parts, k)[0]
 
     def encode_audio(self, features):
         """(B, T * k, 512) as from preprocess_audio() -> audio features (B, T, k, D)"""
@@ -502,7 +501,7 @@ def load_wav2vec2(model, path):
 
 def import_released(stage1, stage2, heads=(8, 4, None), bias_on_first_frame=False):
     """The authors' checkpoints of both stages -> PaperCodeTalker in eval mode, for motion in the
-    data's own unit (scale 1). ValueError for other files.
+    unit of the data (scale 1). ValueError for other files.
 
     heads: of stage 1, stage 2 and wav2vec 2.0; all other sizes are read off the weights.
     bias_on_first_frame: the first frame as in the released training, see [first] above.
@@ -705,11 +704,11 @@ def describe(folder):
         raise ValueError(f"{path}: it exists already; remove it first")
     present = sorted(file.stem for file in (folder / "vertices_npy").glob("*.npy"))
     name = "VOCASET" if any(clip.startswith("FaceTalk_") for clip in present) else "BIWI"
-    description = describe_clips(name, present)
-    if not description["splits"]["train"]:
+    clip = next((clip for clip in published_splits(name)["train"] if clip in present), None)
+    if clip is None:
         raise ValueError(f"{folder}/vertices_npy: training clips of VOCASET or BIWI expected, such "
                          f"as F2_e01.npy, found {some(present) or 'none'}")
-    clip = description["splits"]["train"][0]
+    description = describe_clips(name, present)
     seconds = len(read_audio(folder / "wav" / f"{clip}.wav")) / SAMPLE_RATE
     file_fps = len(open_npy(folder / "vertices_npy" / f"{clip}.npy")) / seconds
     description["frame_stride"] = max(1, round(file_fps / description["fps"]))

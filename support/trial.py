@@ -1,23 +1,17 @@
 """
-Does the codebook help? The paper's claim on trial: one transformer, several outputs, several seeds.
+Does the codebook help? The paper's claim on trial: one transformer, several outputs.
 
-    python -m support.trial --rows codes,vertices,indices           an hour on two cores
-    python -m support.trial --data FOLDER --out runs/my_trial       every row, on other data
+    python -m support.trial --rows codes vertices indices       an hour on two cores
 
-A row is two trainings in a process of one core, unless they are there already, and the test split:
-free-running, unseen subjects in every style. Writes table.md (mean over seeds ± the largest
-deviation) and figure.png.
+Trains what is not there yet; writes table.md (mean over seeds ± largest deviation), figure.png.
 """
-import argparse
+import itertools
 import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 from matplotlib.figure import Figure
 
 import train_ar
@@ -26,147 +20,181 @@ from codetalker import CodeTalker, MotionAutoencoder, code_loss, load, motion_lo
 from data import open_data
 from support import speakers
 from support.command import ArgumentParser, one_line_errors, positive
-from support.metrics import compute_metrics, evaluate_generation, generate_clips
+from support.metrics import compute_metrics, generate_clips
 from support.published import InstanceNorm, PaperCodeTalker
-
-
-def mix_past(model, past, other_past, style, audio, share):
-    """Scheduled sampling in two passes, as in CodeTalker.forward()."""
-    with torch.no_grad():
-        z_hat = model.predict(other_past, style, audio)
-        own_past = model.code_vectors(model.sample(model.logits(z_hat), temperature=0))
-    use_own = torch.rand(past.shape[:2], device=past.device) < share        # (B, T)
-    return torch.where(use_own[..., None], own_past, past)
 
 
 class VertexRegressor(CodeTalker):
     """No codebook: motion (B, T, V*3) is predicted and fed back, wherever there were codes."""
-
     def __init__(self, config, autoencoder):
         super().__init__(config, autoencoder)
-        self.in_proj = nn.Linear(autoencoder.config.vertices * 3, config.dim)
-        self.head = nn.Linear(config.dim, autoencoder.config.vertices * 3, bias=False)
+        self.in_proj = torch.nn.Linear(autoencoder.config.vertices * 3, config.dim)
+        self.head = torch.nn.Linear(config.dim, autoencoder.config.vertices * 3, bias=False)
 
-    def unchanged(self, motion, temperature=None):
+    def decode(self, motion, temperature=None):
         return motion
-
-    logits = unchanged
-    sample = unchanged
-    code_vectors = unchanged
-    decode = unchanged
+    logits = decode                         # they all return motion as it is
+    sample = decode
+    code_vectors = decode
 
     def forward(self, mel, style, codes, motion, length_mask, sampling_prob=0.0):
         audio = self.encode_audio(mel)
-        other_motion = motion.roll(1, dims=0)               # of another sequence in the batch
-        past = mix_past(self, motion, other_motion, style, audio, sampling_prob)
+        with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
+            own_motion = self.predict(motion.roll(1, dims=0), style, audio)
+        use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
+        past = torch.where(use_own[..., None], own_motion, motion)
         return {"motion": motion_loss(self.predict(past, style, audio), motion, length_mask)}
 
 
 class IndexClassifier(CodeTalker):
-    """A logit for each code is predicted instead of a feature; so there is no motion loss."""
-
+    """A logit for each code is predicted instead of a feature, so there is no motion loss."""
     def __init__(self, config, autoencoder):
         super().__init__(config, autoencoder)
-        self.codes_per_frame = autoencoder.config.codes_per_frame
-        logits = self.codes_per_frame * autoencoder.config.codebook_size
-        self.head = nn.Linear(config.dim, logits, bias=False)
+        outputs = autoencoder.config.codes_per_frame * autoencoder.config.codebook_size     # H*N
+        self.head = torch.nn.Linear(config.dim, outputs, bias=False)
 
     def logits(self, z_hat):
-        return z_hat.unflatten(-1, (self.codes_per_frame, -1))      # (B, T, H*N) -> (B, T, H, N)
+        return z_hat.unflatten(-1, (self.autoencoder.config.codes_per_frame, -1))   # (B, T, H, N)
 
     def forward(self, mel, style, codes, motion, length_mask, sampling_prob=0.0):
         audio = self.encode_audio(mel)
         random_codes = torch.randint_like(codes, self.autoencoder.config.codebook_size)
-        past = mix_past(self, self.code_vectors(codes), self.code_vectors(random_codes), style,
-                        audio, sampling_prob)
-        logits = self.logits(self.predict(past, style, audio))
+        with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
+            z_hat = self.predict(self.code_vectors(random_codes), style, audio)
+        use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
+        past = torch.where(use_own[..., None], self.logits(z_hat).argmax(dim=-1), codes)
+        logits = self.logits(self.predict(self.code_vectors(past), style, audio))
         return {"code": code_loss(logits, codes, length_mask)}
 
 
-class MotionHistory(CodeTalker):
-    """The paper's [history]: motion is fed back; in training that of the data, without sampling."""
+class PaperStage2(CodeTalker):
+    """The paper's [history] and [loss]: motion is fed back, squared errors are minimised."""
+    forward = PaperCodeTalker.forward
     generate = PaperCodeTalker.generate
-
     def __init__(self, config, autoencoder):
         super().__init__(config, autoencoder)
-        self.in_proj = nn.Linear(autoencoder.config.vertices * 3, config.dim)
-
-    def forward(self, mel, style, codes, motion, length_mask, sampling_prob=0.0):
-        z_hat = self.predict(motion, style, self.encode_audio(mel))
-        z_q, _, _ = self.autoencoder.quantiser(z_hat.unflatten(-1, (codes.shape[2], -1)))
-        loss_motion = motion_loss(self.autoencoder.decoder(z_q), motion, length_mask)
-        loss_code = code_loss(self.logits(z_hat), codes, length_mask)
-        return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}
+        self.in_proj = torch.nn.Linear(autoencoder.config.vertices * 3, config.dim)
+        config.temperature = 0.0            # no distribution is learnt
 
 
 class NormedAutoencoder(MotionAutoencoder):
-    """The paper's [norm]"""
-
+    """The paper's [norm]: InstanceNorm in both backbones."""
     def __init__(self, config):
         super().__init__(config)
         self.encoder.backbone.norm = InstanceNorm()
         self.decoder.backbone.norm = InstanceNorm()
 
 
-# classes and flags of both stages, temperatures
-ROWS = {
-    "codes": (MotionAutoencoder, "", CodeTalker, "", (0.8, 0)),
-    "vertices": (MotionAutoencoder, "", VertexRegressor, "--sampling-prob 0.85", (0.8,)),
-    "indices": (MotionAutoencoder, "", IndexClassifier, "", (0.8, 0)),
-    "N 64": (MotionAutoencoder, "--codebook-size 64", CodeTalker, "", (0.8,)),
-    "N 1024": (MotionAutoencoder, "--codebook-size 1024", CodeTalker, "", (0.8,)),
-    "H 4": (MotionAutoencoder, "--codes-per-frame 4", CodeTalker, "", (0.8,)),
-    "H 64": (MotionAutoencoder, "--codes-per-frame 64", CodeTalker, "", (0.8,)),
-    "InstanceNorm": (NormedAutoencoder, "", CodeTalker, "", (0.8,)),
-    "no resets": (MotionAutoencoder, "--reset-every 1000000", CodeTalker, "", (0.8,)),
-    "motion fed back": (MotionAutoencoder, "", MotionHistory, "", (0.8,)),
-    "teacher forcing": (MotionAutoencoder, "", CodeTalker, "--sampling-prob 0", (0.8,)),
-    "sampling 0.85": (MotionAutoencoder, "", CodeTalker, "--sampling-prob 0.85", (0.8,)),
+DEFAULT = (MotionAutoencoder, CodeTalker)
+ROWS = {    # classes of both stages, flags of stage 1, flags of stage 2, temperatures
+    "codes": (DEFAULT, "", "", (0.8, 0)),
+    "vertices": ((MotionAutoencoder, VertexRegressor), "", "--sampling-prob 0.85", (0.8,)),
+    "indices": ((MotionAutoencoder, IndexClassifier), "", "", (0.8, 0)),
+    "InstanceNorm": ((NormedAutoencoder, CodeTalker), "", "", (0.8,)),
+    "paper's stage 2": ((MotionAutoencoder, PaperStage2), "", "--sampling-prob 0", (0,)),
+    "no resets": (DEFAULT, "--reset-every 1000000", "", (0.8,)),
+    "N 1024": (DEFAULT, "--codebook-size 1024", "", (0.8,)),
+    "H 4": (DEFAULT, "--codes-per-frame 4", "", (0.8,)),
+    "teacher forcing": (DEFAULT, "", "--sampling-prob 0", (0.8,)),
+    "sampling 0.85": (DEFAULT, "", "--sampling-prob 0.85", (0.8,)),
 }
-COLUMNS = {"lve": "LVE", "gap_correlation": "lip gap r", "fdd": "FDD", "fdd_abs": "abs FDD",
-           "variance_ratio": "variance ratio", "upper_variance_ratio": "upper variance ratio",
-           "upper_wasserstein": "upper Wasserstein", "diversity": "diversity",
-           "codes_used": "codes used"}
+COLUMNS = ("lve", "gap_correlation", "fdd", "fdd_abs", "variance_ratio", "upper_variance_ratio",
+           "upper_wasserstein", "diversity")
+TAKES = 8                                   # samples of each test clip
 
-parser = ArgumentParser(prog="python -m support.trial", description=__doc__,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def run(row, seed, args):
+    """Train a row, unless it is there, and evaluate it -> {name in the table: metrics}"""
+    torch.set_num_threads(1)
+    classes, vq_flags, ar_flags, temperatures = ROWS[row]
+    folder = Path(args.out, f"{row.replace(' ', '_')}_{seed}")
+    if not (folder / "ar/metrics.json").exists():           # what is written last
+        vq = Namespace(data=args.data, seed=seed, out=f"{folder}/vq")
+        ar = Namespace(data=args.data, seed=seed, out=f"{folder}/ar", vq=f"{folder}/vq/best.pt")
+        train_vq.main(train_vq.parser.parse_args(vq_flags.split(), vq), classes)
+        train_ar.main(train_ar.parser.parse_args(ar_flags.split(), ar), classes)
+    model, _ = load(folder / "ar/best.pt", "ar", classes=classes)
+    data = open_data(args.data)
+    clips = data.splits["test"]
+    styles = [clip.subject if clip.subject in data.subjects else style
+              for clip, style in zip(clips, itertools.cycle(data.subjects))]
+    torch.manual_seed(seed)
+    table = {}
+    for temperature in temperatures:
+        model.config.temperature = temperature
+        takes = [generate_clips(model, data, clips, styles)[0] for _ in range(TAKES)]
+        table |= evaluate(data, row if temperature else f"{row}, most likely", takes)
+    return table
+
+
+def real_takes(data, borrow):
+    """Other takes of the synthetic test clips, as of a perfect model; or with borrowed gestures."""
+    takes = [[] for _ in range(TAKES)]
+    for clip, style in zip(data.splits["test"], itertools.cycle(data.subjects)):
+        subject = speakers.make_subject(0, clip.subject)
+        gestures = subject.gestures
+        if borrow:
+            subject.gestures = speakers.make_subject(0, style).gestures
+        sentence = int(clip.sentence.removeprefix("sentence"))
+        for take, motions in enumerate(takes, 1):
+            _, vertices, _, _ = speakers.make_clip(0, clip.subject, sentence, take)
+            motion = vertices.reshape(clip.frames, -1) - data.templates[clip.subject]
+            motions.append(torch.from_numpy(motion / data.scale))
+        subject.gestures = gestures
+    return takes
+
+
+def evaluate(data, name, takes):
+    """Motion [take][test clip] (T, V*3) -> {name: metrics, mean over takes; and those of the mean
+    motion}. diversity: root mean square distance of two takes of the upper face, mm or data unit"""
+    clips = data.splits["test"]
+    results = [compute_metrics(data, clips, motions) for motions in takes]
+    metrics = {key: np.mean([result[key] for result in results]) for key in results[0]}
+    by_clip = [torch.stack(motions).unflatten(-1, (-1, 3)) for motions in zip(*takes)]
+    variance = [motions[:, :, data.upper_face].var(dim=0).sum(dim=-1).mean() for motions in by_clip]
+    metrics["diversity"] = (2 * np.mean(variance)) ** 0.5 * data.scale * (data.to_mm or 1.0)
+    means = [motions.mean(dim=0).flatten(1) for motions in by_clip]         # (T, V*3)
+    of_mean = compute_metrics(data, clips, means) | {"diversity": 0.0}
+    return {name: metrics, f"{name}, mean of {TAKES} takes": of_mean}
+
+
+def write_table(results, out):
+    """[{name in the table: metrics}] -> table.md, figure.png"""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    figure = Figure((8, 4), layout="constrained")
+    axis = figure.subplots(subplot_kw={"xlabel": "LVE", "ylabel": "upper face, variance ratio"})
+    for name in dict.fromkeys(itertools.chain(*results)):
+        seeds = [result[name] for result in results if name in result]
+        means = {column: np.mean([metrics[column] for metrics in seeds]) for column in COLUMNS}
+        cells = [name]
+        for column, mean in means.items():
+            spread = max(abs(metrics[column] - mean) for metrics in seeds)
+            cells.append(f"{mean:.3g} ±{spread:.1g}")
+        lines.append(f"| {' | '.join(cells)} |")
+        axis.plot(means["lve"], means["upper_variance_ratio"], "o", label=name)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(Path(out, "figure.png"), dpi=110)
+    Path(out, "table.md").write_text("\n".join(lines) + "\n")
+
+
+parser = ArgumentParser(prog="python -m support.trial", description=__doc__.splitlines()[1])
 parser.add_argument("--data", help="folder of a data set (default: the synthetic one)")
 parser.add_argument("--out", default="runs/trial", help="folder for the results (%(default)s)")
 parser.add_argument("--seeds", type=positive, default=3, help="trainings of a row (%(default)s)")
-parser.add_argument("--rows", default=",".join(ROWS), help="names of rows (%(default)s)")
+parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="default: all")
 
 
-def train(name, seed, args, more_flags=()):
-    """Both stages of a row, unless they are there -> folder. What they print goes to log.txt."""
-    vq_class, vq_flags, ar_class, ar_flags, _ = ROWS[name]
-    folder = Path(args.out, f"{name.replace(' ', '_')}_{seed}")
-    if (folder / "ar/metrics.json").exists():       # the last file that is written
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = ["--seed", str(seed), *more_flags] + (["--data", args.data] if args.data else [])
-    vq_flags = [*flags, *vq_flags.split(), "--out", f"{folder}/vq"]
-    ar_flags = [*flags, *ar_flags.split(), "--vq", f"{folder}/vq/best.pt", "--out", f"{folder}/ar"]
-    with open(folder / "log.txt", "w") as log, redirect_stdout(log):
-        train_vq.main(train_vq.parser.parse_args(vq_flags), (vq_class, ar_class))
-        train_ar.main(train_ar.parser.parse_args(ar_flags), (vq_class, ar_class))
-    return folder
+def main(args):
+    data = open_data(args.data)             # made now, before two processes want to make it
+    jobs = itertools.product(args.rows, range(args.seeds), [args])
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        results = pool.starmap(run, jobs, chunksize=1)
+    if args.data is None:
+        results.append(evaluate(data, "real", real_takes(data, borrow=False)))
+        results.append(evaluate(data, "real, borrowed style", real_takes(data, borrow=True)))
+    write_table(results, args.out)
 
 
-def evaluate(name, seed, args, more_flags=()):
-    """Train a row with one seed if necessary -> {row of the table: metrics of the test split}"""
-    torch.set_num_threads(1)
-    folder = train(name, seed, args, more_flags)
-    data = open_data(args.data)
-    vq_class, _, ar_class, _, temperatures = ROWS[name]
-    model, checkpoint = load(folder / "ar/best.pt", "ar", classes=(vq_class, ar_class))
-    data.check_compatible(checkpoint)
-    results = {}
-    for temperature in temperatures:
-        model.config.temperature = temperature
-        row = name if temperature else f"{name}, most likely"
-        results[row] = evaluate_generation(model, data, "test", every_style=True, seed=seed)
-    model.config.temperature = temperatures[0]
-    mean, results[name]["diversity"] = evaluate_takes(model, data)
-    if name == "codes":
-        results["codes, mean of 8 takes"] = mean
-    return results
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parser.parse_args())
