@@ -608,13 +608,10 @@ class CodeTalker(nn.Module):
 
         loss_code = code_loss(self.logits(z_hat), codes, length_mask)
 
-        # motion loss: decode the nearest codes, with the gradient straight through to z_hat; on
-        # padding the true codes, as the decoder attends to all frames
+        # motion loss: decode the nearest codes, with the gradient straight through to z_hat
         subset = slice(None, None, self.config.motion_loss_every)
         z_hat = z_hat[subset].unflatten(-1, (codes.shape[2], -1))           # (B/4, T, H, C)
         z_q, _, _ = self.autoencoder.quantiser(z_hat)
-        padding = self.code_vectors(codes[subset]).view_as(z_q)
-        z_q = torch.where(length_mask[subset, :, None, None], z_q, padding)
         predicted = self.autoencoder.decoder(z_q)                           # (B/4, T, V*3)
         loss_motion = motion_loss(predicted, motion[subset], length_mask[subset])
         return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}

@@ -332,14 +332,20 @@ def random_crops(clips, frames, count):
 
 
 def collate(sequences):
-    """Sequences (T_i, ...) -> batch (B, T, ...), short ones filled up with their last frame, and
-    length_mask (B, T), which is False there."""
+    """Sequences (T_i, ...) -> batch (B, T, ...) and length_mask (B, T), False on padding.
+
+    A short sequence is continued by its mirror image, so that whatever looks ahead, convolutions
+    and the decoder's attention, sees ordinary frames beyond its end.
+    """
     longest = max(len(sequence) for sequence in sequences)
+    device = sequences[0].device
+    length_mask = torch.ones(len(sequences), longest, dtype=torch.bool, device=device)
     batch = []
-    length_mask = torch.ones(len(sequences), longest, dtype=torch.bool, device=sequences[0].device)
     for row, sequence in enumerate(sequences):
-        padding = sequence[-1:].expand(longest - len(sequence), *sequence.shape[1:])
-        batch.append(torch.cat([sequence, padding]))
+        last = max(1, len(sequence) - 1)
+        t = torch.arange(longest, device=device) % (2 * last)
+        mirrored = torch.minimum(t, 2 * last - t)           # 0 1 2 3 2 1 0 1 2 ... for last = 3
+        batch.append(sequence[mirrored.clamp(max=len(sequence) - 1)])
         length_mask[row, len(sequence):] = False
     return torch.stack(batch), length_mask
 
