@@ -451,22 +451,6 @@ def causal_mask(frames, period, heads, context, device=None):
     return mask.masked_fill(hidden, -math.inf)
 
 
-def code_loss(logits, codes, length_mask):
-    """Cross-entropy of the true codes (B, T, H), given logits (B, T, H, N), without padding.
-
-    length_mask (B, T) is False on padding. The paper takes MSE(z_hat, z_q) instead [loss]. Its
-    minimum is the mean of all plausible codes, which may be far from any code.
-    """
-    targets = codes.masked_fill(~length_mask[..., None], -1)
-    return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=-1)
-
-
-def motion_loss(predicted, motion, length_mask):
-    """Mean squared error of motion (B, T, V*3) over the frames where length_mask (B, T) is True."""
-    error = (predicted - motion).square().mean(dim=-1)      # (B, T)
-    return (error * length_mask).sum() / length_mask.sum()
-
-
 class DecoderLayer(nn.Module):
     """Post-norm transformer decoder layer: self-attention, attention to the audio, feed-forward."""
 
@@ -583,16 +567,13 @@ class CodeTalker(nn.Module):
         codes = torch.multinomial(probs.flatten(0, -2), num_samples=1)      # (B*T*H, 1)
         return codes.view(logits.shape[:-1])
 
-    def forward(self, mel, style, codes, motion, length_mask=None, sampling_prob=0.0):
-        """The losses of stage 2, to be added: a dict.
+    def forward(self, mel, style, codes, motion, sampling_prob=0.0):
+        """The losses of stage 2, to be added; codes (B, T, H), motion (B, T, V*3) are ground truth.
 
-        codes (B, T, H) and motion (B, T, V*3) are the ground truth, length_mask (B, T) is False on
-        padding. sampling_prob: scheduled sampling (Bengio et al. 2015), the share of past frames
-        that the model's own predictions replace. With the ground truth alone it learns to copy the
-        previous frame, ignores the audio and drifts at inference [scheduled].
+        sampling_prob: scheduled sampling (Bengio et al. 2015), the share of past frames that the
+        model's own predictions replace. With the ground truth alone it learns to copy the previous
+        frame, ignores the audio and drifts at inference [scheduled].
         """
-        if length_mask is None:
-            length_mask = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device)
         audio = self.encode_audio(mel)                      # (B, T, D)
         past = codes
         if sampling_prob > 0:
@@ -606,15 +587,29 @@ class CodeTalker(nn.Module):
             past = torch.where(use_own[..., None], own_codes, codes)        # (B, T, H)
         z_hat = self.predict(self.code_vectors(past), style, audio)         # (B, T, H*C)
 
-        loss_code = code_loss(self.logits(z_hat), codes, length_mask)
-
-        # motion loss: decode the nearest codes, with the gradient straight through to z_hat
         subset = slice(None, None, self.config.motion_loss_every)
-        z_hat = z_hat[subset].unflatten(-1, (codes.shape[2], -1))           # (B/4, T, H, C)
+        loss_motion = self.motion_loss(z_hat[subset], motion[subset])
+        return {"code": self.code_loss(z_hat, codes),
+                "motion": self.config.motion_weight * loss_motion}
+
+    def code_loss(self, z_hat, codes):
+        """Cross-entropy of the true codes (B, T, H), given z_hat (B, T, H*C).
+
+        The paper takes MSE(z_hat, z_q) instead [loss]. Its minimum is the mean of all plausible
+        codes, which may be far from any code.
+        """
+        logits = self.logits(z_hat)                         # (B, T, H, N)
+        return F.cross_entropy(logits.flatten(0, 2), codes.flatten())
+
+    def motion_loss(self, z_hat, motion):
+        """MSE to motion (B, T, V*3) of what is decoded from the codes nearest to z_hat (B, T, H*C).
+
+        The gradient goes straight through the quantiser to z_hat.
+        """
+        codes_per_frame = self.autoencoder.config.codes_per_frame
+        z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
         z_q, _, _ = self.autoencoder.quantiser(z_hat)
-        predicted = self.autoencoder.decoder(z_q)                           # (B/4, T, V*3)
-        loss_motion = motion_loss(predicted, motion[subset], length_mask[subset])
-        return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}
+        return F.mse_loss(self.autoencoder.decoder(z_q), motion)
 
     @torch.no_grad()
     def generate(self, audio, style, temperature=None, progress=iter):

@@ -318,36 +318,19 @@ def open_data(folder):
 
 
 def random_crops(clips, frames, count):
-    """`count` random stretches of at most `frames` frames: [(clip, start, stop)].
+    """`count` random stretches of equal length, as [(clip, start, stop)].
 
-    Longer clips are chosen more often, so that every frame of the data is equally likely.
+    That is `frames`, or the length of the shortest clip chosen: a batch needs no padding. Longer
+    clips are chosen more often, so that every frame of the data is about equally likely.
     """
     weights = torch.tensor([float(clip.frames) for clip in clips])
+    chosen = [clips[i] for i in torch.multinomial(weights, count, replacement=True)]
+    frames = min(frames, *[clip.frames for clip in chosen])
     crops = []
-    for i in torch.multinomial(weights, count, replacement=True):
-        clip = clips[i]
-        start = int(torch.randint(max(1, clip.frames - frames + 1), (1,)))
-        crops.append((clip, start, min(start + frames, clip.frames)))
+    for clip in chosen:
+        start = int(torch.randint(clip.frames - frames + 1, (1,)))
+        crops.append((clip, start, start + frames))
     return crops
-
-
-def collate(sequences):
-    """Sequences (T_i, ...) -> batch (B, T, ...) and length_mask (B, T), False on padding.
-
-    A short sequence is continued by its mirror image, so that whatever looks ahead, convolutions
-    and the decoder's attention, sees ordinary frames beyond its end.
-    """
-    longest = max(len(sequence) for sequence in sequences)
-    device = sequences[0].device
-    length_mask = torch.ones(len(sequences), longest, dtype=torch.bool, device=device)
-    batch = []
-    for row, sequence in enumerate(sequences):
-        last = max(1, len(sequence) - 1)
-        t = torch.arange(longest, device=device) % (2 * last)
-        mirrored = torch.minimum(t, 2 * last - t)           # 0 1 2 3 2 1 0 1 2 ... for last = 3
-        batch.append(sequence[mirrored.clamp(max=len(sequence) - 1)])
-        length_mask[row, len(sequence):] = False
-    return torch.stack(batch), length_mask
 
 
 def main():

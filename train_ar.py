@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from codetalker import CodeTalker, MotionAutoencoder, load, perturb_vocal_tract, save
-from data import collate, open_data, random_crops
+from data import open_data, random_crops
 from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
                              positive, resume_training, time_left, training_state)
 from support.metrics import evaluate_generation, warn_if_collapsed, write_metrics
@@ -31,18 +31,18 @@ parser.add_argument("--wav2vec2", help="for the published models: pytorch_model.
                                        "facebook/wav2vec2-base-960h")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (%(default)s)")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (%(default)s)")
-parser.add_argument("--steps", type=positive, default=1650, help="training steps (%(default)s)")
+parser.add_argument("--steps", type=positive, default=2000, help="training steps (%(default)s)")
 parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
                     help="sequences per step (%(default)s)")
 parser.add_argument("--seq-len", type=positive, default=80,
                     help="frames per sequence (%(default)s)")
 parser.add_argument("--lr", type=number(1e-9, 1), default=2e-3,
                     help="initial learning rate (%(default)s)")
-parser.add_argument("--halve-lr-every", type=positive, default=330, help="steps (%(default)s)")
+parser.add_argument("--halve-lr-every", type=positive, default=400, help="steps (%(default)s)")
 parser.add_argument("--sampling-prob", type=number(0, 1), default=0.4,
                     help="scheduled sampling: share of past frames that are the model's own "
                          "predictions in training (%(default)s)")
-parser.add_argument("--eval-every", type=positive, default=550,
+parser.add_argument("--eval-every", type=positive, default=500,
                     help="steps between evaluations (%(default)s)")
 parser.add_argument("--log-every", type=positive, default=50,
                     help="steps between log lines (%(default)s)")
@@ -97,16 +97,16 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
 
         # 2. a batch of random crops: motion, its codes, its audio, the subject's style
         crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
-        motion, length_mask = collate([data.motion(*crop) for crop in crops])
-        code_batch, _ = collate([codes[clip.name][a:b] for clip, a, b in crops])
-        audio, _ = collate([data.audio_features(clip, model, a, b) for clip, a, b in crops])
+        motion = torch.stack([data.motion(*crop) for crop in crops])
+        code_batch = torch.stack([codes[clip.name][a:b] for clip, a, b in crops])
+        audio = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])
         style = torch.stack([styles[clip.subject] for clip, _, _ in crops])
         if args.preset == "small":
             audio = perturb_vocal_tract(audio)
 
         # 3. forward, backward, step
         model.train()
-        losses = model(audio, style, code_batch, motion, length_mask, args.sampling_prob)
+        losses = model(audio, style, code_batch, motion, args.sampling_prob)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)

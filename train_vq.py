@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from codetalker import CodeTalker, MotionAutoencoder, load, save
-from data import collate, open_data, random_crops
+from data import open_data, random_crops
 from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
                              positive, resume_training, time_left, training_state)
 from support.metrics import evaluate_reconstruction, warn_if_collapsed, write_metrics
@@ -71,7 +71,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         model = classes[0](config).to(device)
         if args.preset == "small":
             crops = random_crops(data.splits["train"], args.seq_len, 128)
-            motion, _ = collate([data.motion(*crop) for crop in crops])
+            motion = torch.stack([data.motion(*crop) for crop in crops])
             model.init_from_data(motion.to(device))
         else:
             data.scale = 1.0                        # the published models take metres as they are
@@ -93,7 +93,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
 
         # 2. a batch of random crops of motion (B, T, V*3)
         crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
-        motion, _ = collate([data.motion(*crop) for crop in crops])
+        motion = torch.stack([data.motion(*crop) for crop in crops])
 
         # 3. dead codes start again from encoder outputs
         model.train()

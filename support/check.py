@@ -32,8 +32,8 @@ def check_position(frames, subject, templates):
     if rms(frames.std(axis=0)) > 0.2 * max(extent(mean), extent(template)):
         return None                 # a mesh is far larger than its motion: these are other weights
     if extent(mean) < 0.2 * extent(template):
-        return ("displacements instead of vertices: frames around the template expected, found some "
-                "around 0; add the subject's template to every frame")
+        return ("displacements instead of vertices: frames around the template expected, found "
+                "some around 0; add the subject's template to every frame")
     distances = [rms(mean - other) for other in templates.values() if other.size == mean.size]
     limit = 0.05 * extent(template)                 # 4 mm for a head
     if rms(mean - template) > min(limit, *distances):
@@ -54,7 +54,8 @@ def check_time(lengths, stated_fps):
     for name, (frames, seconds) in lengths.items():
         if abs(frames / measured - seconds) > 0.3:
             text = "motion and sound differ in length by more than 0.3 s; cut them alike"
-            findings.setdefault(text, []).append(f"{name} {frames / measured:.1f} and {seconds:.1f} s")
+            example = f"{name} {frames / measured:.1f} and {seconds:.1f} s"
+            findings.setdefault(text, []).append(example)
     return findings
 
 
@@ -93,7 +94,8 @@ def check_dataset(folder):
         span = np.ptp(template.reshape(-1, 3), axis=0).max()
         if description.get("unit") == "metre" and not 0.1 < span < 0.5:
             add("a template on a wrong scale: a head of about 0.2 expected, as the unit is metre; "
-                "rescale templates and vertices (millimetres: times 0.001)", f"{subject} {span:.3g}")
+                "rescale templates and vertices (millimetres: times 0.001)",
+                f"{subject} {span:.3g}")
 
     # 3. every clip
     lengths = {}

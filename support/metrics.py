@@ -11,9 +11,9 @@ import math
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 
 from codetalker import atomic_write
-from data import collate
 from support.command import progress
 
 METRIC_NAMES = {
@@ -184,7 +184,7 @@ def generate_clips(model, data, clips, styles):
         for i in batch:
             features = data.audio_features(clips[i], model)[None].to(device)
             audio.append(model.encode_audio(features)[0])
-        audio, _ = collate(audio)
+        audio = pad_sequence(audio, batch_first=True)       # padding is harmless, as it is causal
         style = torch.stack([data.style(styles[i]) for i in batch]).to(device)
         generated = model.generate(audio, style)
         for row, i in enumerate(batch):

@@ -48,8 +48,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from codetalker import (SAMPLE_RATE, ARConfig, Attention, CodeTalker, DecoderLayer, KVCache,
                         MotionAutoencoder, MotionDecoder, MotionEncoder, Quantiser,
-                        TemporalBackbone, VQConfig, atomic_write, causal_mask, feed_forward,
-                        motion_loss)
+                        TemporalBackbone, VQConfig, atomic_write, causal_mask, feed_forward)
 from data import Faces, open_data
 from support.command import ArgumentParser, one_line_errors, progress
 from support.files import (flatten, load_arrays, open_npy, read_audio, read_description,
@@ -316,21 +315,18 @@ class PaperCodeTalker(CodeTalker):
                              f"distribution over codes, found {temperature:g}")
         return super().sample(logits, temperature)
 
-    def forward(self, features, style, codes, motion, length_mask=None, sampling_prob=0.0):
-        """The paper's losses. "code": MSE(z_hat, z_q) to the true codes' vectors; "motion"."""
+    def forward(self, features, style, codes, motion, sampling_prob=0.0):
+        """Teacher forcing with the motion of past frames -> the losses "code", "motion", a dict"""
         if sampling_prob != 0:
             raise ValueError("--sampling-prob: 0 expected, as the published models are trained "
                              f"with teacher forcing alone, found {sampling_prob:g}")
-        if length_mask is None:
-            length_mask = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device)
         audio = self.encode_audio(features)                 # (B, T, k, D)
-        z_hat = self.predict(motion, style, audio)          # (B, T, H*C), past frames as motion
-        loss_code = motion_loss(z_hat, self.code_vectors(codes), length_mask)
+        z_hat = self.predict(motion, style, audio)          # (B, T, H*C)
+        loss_motion = self.config.motion_weight * self.motion_loss(z_hat, motion)
+        return {"code": self.code_loss(z_hat, codes), "motion": loss_motion}
 
-        z_q, _, _ = self.autoencoder.quantiser(z_hat.unflatten(-1, (codes.shape[2], -1)))
-        predicted = self.autoencoder.decoder(z_q)           # (B, T, V*3)
-        loss_motion = motion_loss(predicted, motion, length_mask)
-        return {"code": loss_code, "motion": self.config.motion_weight * loss_motion}
+    def code_loss(self, z_hat, codes):
+        return F.mse_loss(z_hat, self.code_vectors(codes))
 
     @torch.no_grad()
     def generate(self, audio, style, temperature=None, progress=iter):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import train_ar
 import train_vq
-from codetalker import CodeTalker, MotionAutoencoder, code_loss, load, motion_loss
+from codetalker import CodeTalker, MotionAutoencoder, load
 from data import open_data
 from support import speakers
 from support.command import ArgumentParser, one_line_errors, positive
@@ -37,17 +38,17 @@ class VertexRegressor(CodeTalker):
     sample = decode
     code_vectors = decode
 
-    def forward(self, mel, style, codes, motion, length_mask, sampling_prob=0.0):
+    def forward(self, mel, style, codes, motion, sampling_prob=0.0):
         audio = self.encode_audio(mel)
         with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
             own_motion = self.predict(motion.roll(1, dims=0), style, audio)
         use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
         past = torch.where(use_own[..., None], own_motion, motion)
-        return {"motion": motion_loss(self.predict(past, style, audio), motion, length_mask)}
+        return {"motion": F.mse_loss(self.predict(past, style, audio), motion)}
 
 
 class IndexClassifier(CodeTalker):
-    """A logit for each code is predicted instead of a feature, so there is no motion loss."""
+    """A logit for each code is predicted instead of a feature."""
     def __init__(self, config, autoencoder):
         super().__init__(config, autoencoder)
         outputs = autoencoder.config.codes_per_frame * autoencoder.config.codebook_size     # H*N
@@ -56,15 +57,8 @@ class IndexClassifier(CodeTalker):
     def logits(self, z_hat):
         return z_hat.unflatten(-1, (self.autoencoder.config.codes_per_frame, -1))   # (B, T, H, N)
 
-    def forward(self, mel, style, codes, motion, length_mask, sampling_prob=0.0):
-        audio = self.encode_audio(mel)
-        random_codes = torch.randint_like(codes, self.autoencoder.config.codebook_size)
-        with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
-            z_hat = self.predict(self.code_vectors(random_codes), style, audio)
-        use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
-        past = torch.where(use_own[..., None], self.logits(z_hat).argmax(dim=-1), codes)
-        logits = self.logits(self.predict(self.code_vectors(past), style, audio))
-        return {"code": code_loss(logits, codes, length_mask)}
+    def motion_loss(self, z_hat, motion):
+        return torch.zeros((), device=motion.device)        # logits are no features to decode
 
 
 class PaperStage2(CodeTalker):
@@ -77,8 +71,7 @@ class PaperStage2(CodeTalker):
         config.temperature = 0.0            # no distribution is learnt
 
 
-class NormedAutoencoder(MotionAutoencoder):
-    """The paper's [norm]: InstanceNorm in both backbones."""
+class NormedAutoencoder(MotionAutoencoder):     # the paper's [norm]: InstanceNorm in both backbones
     def __init__(self, config):
         super().__init__(config)
         self.encoder.backbone.norm = InstanceNorm()
@@ -153,6 +146,8 @@ def evaluate(data, name, takes):
     by_clip = [torch.stack(motions).unflatten(-1, (-1, 3)) for motions in zip(*takes)]
     variance = [motions[:, :, data.upper_face].var(dim=0).sum(dim=-1).mean() for motions in by_clip]
     metrics["diversity"] = (2 * np.mean(variance)) ** 0.5 * data.scale * (data.to_mm or 1.0)
+    if metrics["diversity"] == 0:           # a regression, or temperature 0: all takes are equal
+        return {name: metrics}
     means = [motions.mean(dim=0).flatten(1) for motions in by_clip]         # (T, V*3)
     of_mean = compute_metrics(data, clips, means) | {"diversity": 0.0}
     return {name: metrics, f"{name}, mean of {TAKES} takes": of_mean}
@@ -186,9 +181,8 @@ parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help=
 
 def main(args):
     data = open_data(args.data)             # made now, before two processes want to make it
-    jobs = itertools.product(args.rows, range(args.seeds), [args])
     with multiprocessing.get_context("spawn").Pool() as pool:
-        results = pool.starmap(run, jobs, chunksize=1)
+        results = pool.starmap(run, itertools.product(args.rows, range(args.seeds), [args]), 1)
     if args.data is None:
         results.append(evaluate(data, "real", real_takes(data, borrow=False)))
         results.append(evaluate(data, "real, borrowed style", real_takes(data, borrow=True)))

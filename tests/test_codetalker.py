@@ -293,7 +293,7 @@ def test_log_mel_keeps_audio_and_motion_aligned(fps):
 def modulated_noise(seconds):
     """Loud and soft in turn, as speech is"""
     t = torch.arange(seconds * 16_000)
-    return 0.1 * torch.randn(len(t)) * (1.2 + torch.sin(t / 900))
+    return 0.1 * torch.randn(len(t)) * (2 + torch.sin(t / 900))
 
 
 def test_log_mel_removes_loudness_and_a_constant_filter():
@@ -301,19 +301,20 @@ def test_log_mel_removes_loudness_and_a_constant_filter():
     audio = modulated_noise(1)
     mel = log_mel(audio, 30, 30, 24)
     assert mel.std() > 0.3
-    assert_close(log_mel(0.1 * audio, 30, 30, 24), mel, 1e-4)
+    assert_close(log_mel(0.01 * audio, 30, 30, 24), mel, 1e-4)
     darker = audio + 0.7 * F.pad(audio, (1, 0))[:-1]            # treble 15 dB below bass: 1.5
-    assert (log_mel(darker, 30, 30, 24) - mel).abs().mean() < 0.03
+    assert (log_mel(darker, 30, 30, 24) - mel).abs().mean() < 0.01
     pause = log_mel(torch.cat([audio, 0.01 * audio]), 30, 60, 24)
-    assert_close(pause[:116], mel[:116], 0.04)
+    assert_close(pause[:116], mel[:116], 0.03)
 
 
 def test_log_mel_places_steady_noise_below_speech():
     """40 dB is 4 in log10. A click at a cut end does not matter; half a second may be a vowel."""
-    noise = 0.1 * torch.randn(10 * 16_000)
-    noise[0] = 1.0
-    assert log_mel(noise, 30, 300, 24)[4:].mean().item() == pytest.approx(-4, abs=0.02)
-    assert log_mel(noise[100:8_100], 30, 15, 24).mean().item() == pytest.approx(0, abs=1e-4)
+    noise = 0.01 * torch.randn(10 * 16_000)
+    assert log_mel(noise, 30, 300, 24).mean().item() == pytest.approx(-4, abs=1e-4)
+    assert log_mel(noise[:8_000], 30, 15, 24).mean().item() == pytest.approx(0, abs=1e-4)
+    noise[60] = 0.9
+    assert log_mel(noise[:16_000], 30, 30, 24).mean().item() == pytest.approx(-4, abs=1e-4)
     assert log_mel(modulated_noise(10), 30, 300, 24).mean().abs() < 0.5
     assert log_mel(torch.zeros(16_000), 30, 30, 24).isfinite().all()        # silence
 
@@ -342,12 +343,13 @@ def test_perturb_vocal_tract_matches_interpolation(monkeypatch):
 
 @torch.no_grad()
 def test_audio_encoder_receptive_field():
-    """Convolutions over steps reach one frame to either side, dilated ones 1 + 2 + 4 + 8 more."""
+    """Convolutions reach 4 steps to either side, so step 88, the first of frame 22, is in frames 21
+    to 23 (step 92); the dilated ones reach 1 + 2 + 4 + 8 frames more."""
     encoder = AudioEncoder(ARConfig(styles=1, dim=8, mel_bands=6)).double().eval()
     mel = torch.randn(1, 45 * 4, 6, dtype=torch.float64)
     changed = mel.clone()
-    changed[:, 22 * 4:23 * 4] += 10
-    assert frames_that_differ(encoder(mel), encoder(changed)) == list(range(22 - 16, 22 + 17))
+    changed[:, 88] += 10
+    assert frames_that_differ(encoder(mel), encoder(changed)) == list(range(21 - 15, 23 + 16))
 
 
 # ---------- stage 2 -------------------------------------------------------------------------------
@@ -441,9 +443,16 @@ def test_sample_frequencies_match_softmax():
 
 
 @torch.no_grad()
-def test_generate_matches_predicting_the_prefix_anew():
+def test_generate_matches_predicting_the_prefix_anew(monkeypatch):
     """Without a cache, for 40 frames: ten periods, four contexts. Then all frames in one pass."""
     model = tiny_codetalker()
+    frames = []         # the logits of each
+
+    def nearest_code(logits, temperature):
+        frames.append(logits)
+        return logits.argmax(dim=-1)
+
+    monkeypatch.setattr(model, "sample", nearest_code)
     audio = model.encode_audio(torch.randn(3, 40 * 4, 6))
     codebook = model.autoencoder.quantiser.codebook
     codes = torch.zeros(3, 0, 4, dtype=torch.long)
@@ -454,7 +463,7 @@ def test_generate_matches_predicting_the_prefix_anew():
         codes = torch.cat([codes, nearest], dim=1)
     assert torch.equal(model.generate(audio, STYLES), codes) and len(codes.unique()) > 10
     z_hat = model.predict(model.code_vectors(codes), STYLES, audio)
-    assert torch.equal(model.logits(z_hat).argmax(dim=-1), codes)
+    assert_close(torch.cat(frames, dim=1), model.logits(z_hat), 1e-3)
 
 
 @torch.no_grad()
@@ -472,40 +481,31 @@ def test_generate_samples_at_the_model_temperature():
     assert not torch.equal(model.generate(audio, STYLES), codes[2])     # another random state
 
 
-def test_losses_worked_example():
-    """Three frames, of which the last is padding.
-
-    Logits (ln 3, 0) are probabilities 3/4 and 1/4. Codes 0, 1, 1: -(ln 3/4 + ln 1/4) / 2.
-    Errors of the motion (1, 2) and (1, 0): (1 + 4 + 1 + 0) / 4 = 1.5.
-    """
-    length_mask = torch.tensor([[True, True, False]])
-    logits = torch.tensor([math.log(3), 0.0]).expand(1, 3, 1, 2)
-    codes = torch.tensor([0, 1, 1]).view(1, 3, 1)
-    loss = codetalker.code_loss(logits, codes, length_mask)
+def test_code_loss_worked_example(monkeypatch):
+    """Logits (ln 3, 0) are probabilities 3/4 and 1/4. Codes 0 and 1: -(ln 3/4 + ln 1/4) / 2."""
+    model = tiny_codetalker()
+    logits = torch.tensor([math.log(3), 0.0]).expand(1, 2, 1, 2)
+    monkeypatch.setattr(model, "logits", lambda z_hat: logits)
+    loss = model.code_loss(torch.zeros(1, 2, 16), torch.tensor([[[0], [1]]]))
     assert loss.item() == pytest.approx(-(math.log(3 / 4) + math.log(1 / 4)) / 2)
-    predicted = torch.tensor([[[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]]])
-    motion = torch.tensor([[[0.0, 3.0], [1.0, 2.0], [0.0, 0.0]]])
-    assert codetalker.motion_loss(predicted, motion, length_mask).item() == 1.5
 
 
-def test_stage2_losses_are_masked_and_motion_gradient_goes_straight_through(monkeypatch):
-    """Of six sequences the motion loss takes one in four, 0 and 4. z_hat gets the gradient that
-    the decoder has for its input z_q."""
+def test_motion_loss_takes_every_fourth_sequence_and_its_gradient_goes_straight_through(monkeypatch):
+    """Of six sequences the motion loss takes 0 and 4. z_hat gets the gradient that the decoder has
+    for its input z_q."""
     model = tiny_codetalker()
     mel, codes, motion = random_batch(batch=6)
-    length_mask = torch.arange(9) < torch.tensor([[9], [4], [1], [9], [3], [1]])
     z_hat = (0.3 * torch.randn(6, 9, 16)).requires_grad_()
     monkeypatch.setattr(model, "predict", lambda past, style, audio: z_hat)
-    losses = model(mel, STYLES.repeat(2, 1), codes, motion, length_mask)
+    losses = model(mel, STYLES.repeat(2, 1), codes, motion, sampling_prob=0.5)
 
     log_probs = model.logits(z_hat).log_softmax(dim=-1)
     log_prob = log_probs.gather(3, codes[..., None])        # of the true codes
-    assert_close(losses["code"], -log_prob[length_mask].mean())
+    assert_close(losses["code"], -log_prob.mean())
 
     z_q = model.code_vectors(log_probs.argmax(dim=-1)).detach().requires_grad_()
     error = model.autoencoder.decoder(z_q.view(6, 9, 4, 4)) - motion
-    counted = torch.cat([error[0, :9], error[4, :3]])
-    expected = 2.0 * counted.square().mean()                # motion_weight is 2
+    expected = 2.0 * error[[0, 4]].square().mean()          # motion_weight is 2
     assert_close(losses["motion"], expected)
     found, = torch.autograd.grad(losses["motion"], z_hat)
     assert_close(found, torch.autograd.grad(expected, z_q)[0])
