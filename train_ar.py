@@ -20,7 +20,7 @@ import torch
 from codetalker import CodeTalker, MotionAutoencoder, load, perturb_vocal_tract, save
 from data import open_data, random_crops
 from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
-                             positive, resume_training, time_left, training_state)
+                             positive, progress, resume_training, time_left, training_state)
 from support.metrics import evaluate_generation, warn_if_collapsed, write_metrics
 
 parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,7 +74,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         if args.preset != "small":
             published.load_wav2vec2(model, args.wav2vec2)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trainable, lr=args.lr)
+    optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=device != "cpu")
     step, log, best = 0, [], float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
@@ -84,10 +84,11 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     check_writable(out)
     data.load_motion(data.splits["train"], device)
     styles = {subject: data.style(subject).to(device) for subject in data.subjects}
-    codes = {}                                  # stage 1 is frozen, so they are computed once
+    codes = {}                              # stage 1 is frozen, so they are computed once
     with torch.no_grad():
-        for clip in data.splits["train"]:
+        for clip in progress(data.splits["train"], "codes and audio features"):
             codes[clip.name] = model.autoencoder.encode(data.motion(clip)[None])[0]
+            data.audio_features(clip, model)                # stay on the device
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps
