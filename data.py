@@ -152,7 +152,6 @@ class DataSet(Faces):
             None if lip_gap is None else lip_gap.tolist())
         stored = open_npy(self.folder / "vertices_npy" / f"{clips[0].name}.npy")
         self.padding = self.channels - stored[0].size
-        self.measure_motion()
 
     def find_clips(self):
         """The clips that have motion and sound, sorted by name; all need a template of one size."""
@@ -215,16 +214,13 @@ class DataSet(Faces):
         return {split: part for split, part in splits.items() if part}
 
     def measure_motion(self):
-        """Sets scale and most_active_channel from the training motion; finds NaN in any split."""
+        """Sets scale and most_active_channel from the training motion, of which it reads all."""
         square_sum = np.zeros(self.channels)
         count = 0
-        for split, clips in self.splits.items():
-            for clip in clips:
-                frames = self.read_frames(clip)
-                if split == "train":
-                    motion = frames[::5] - self.templates[clip.subject]
-                    square_sum += np.square(motion, dtype=np.float64).sum(axis=0)
-                    count += len(motion)
+        for clip in progress(self.splits["train"], "measuring motion"):
+            motion = self.read_frames(clip)[::5] - self.templates[clip.subject]
+            square_sum += np.square(motion, dtype=np.float64).sum(axis=0)
+            count += len(motion)
         self.scale = float(np.sqrt(square_sum.mean() / count))
         if not 1e-9 < self.scale < 1e9:
             raise ValueError(f"{self.folder}: motion expected, found a scale of {self.scale:.3g}")
@@ -299,15 +295,23 @@ class DataSet(Faces):
                                  "as --data")
         self.scale = trained.scale
         self.subjects = trained.subjects
+        self.most_active_channel = trained.most_active_channel
 
 
-def open_data(folder):
-    """The data set in `folder`; None: the synthetic one, made now if it is not there yet."""
+def open_data(folder, checkpoint=None):
+    """The data set in `folder`; None: the synthetic one, made now if it is not there yet.
+
+    With a checkpoint its scale and styles are taken over; otherwise the scale is measured.
+    """
     if folder is None:
         folder = SYNTHETIC
         if not Path(folder).exists():
             speakers.build_speakers(folder, progress=progress)
     data = DataSet(folder)
+    if checkpoint:
+        data.check_compatible(checkpoint)
+    else:
+        data.measure_motion()
     for line in data.warnings:
         print(f"{folder}: {line}")
     return data

@@ -143,8 +143,7 @@ def load_model(args, device):
     model, checkpoint = load(args.ar, "ar", device, classes)
     if args.wav and not args.data:
         return model, Faces.from_checkpoint(checkpoint), None
-    data = open_data(args.data)
-    data.check_compatible(checkpoint)
+    data = open_data(args.data, checkpoint)
     return model, data, data
 
 

@@ -55,20 +55,20 @@ parser.add_argument("--resume", action="store_true", help="continue exactly, fro
 def main(args, classes=(MotionAutoencoder, CodeTalker)):
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    data = open_data(args.data)
     out = Path(args.out)
     sizes = {}
     if args.preset != "small":
         from support import published
         classes = published.CLASSES
-        sizes = published.ar_sizes(args.preset, args.wav2vec2, data.fps)
 
     if args.resume:
         model, checkpoint = load(out / "last.pt", "ar", device, classes)
-        data.check_compatible(checkpoint)
+        data = open_data(args.data, checkpoint)
     else:
         autoencoder, stage1 = load(args.vq, "vq", device, classes)
-        data.check_compatible(stage1)
+        data = open_data(args.data, stage1)
+        if args.preset != "small":
+            sizes = published.ar_sizes(args.preset, args.wav2vec2, data.fps)
         config = classes[1].Config(styles=len(data.subjects), period=round(data.fps), **sizes)
         model = classes[1](config, autoencoder).to(device)
         if args.preset != "small":
@@ -82,7 +82,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
           f"{len(data.splits['train'])} clips, styles {', '.join(data.subjects)}")
 
     check_writable(out)
-    data.load_motion(data.splits["train"], device)
+    data.load_motion(data.splits["train"] + data.splits["val"], device)
     styles = {subject: data.style(subject).to(device) for subject in data.subjects}
     codes = {}                              # stage 1 is frozen, so they are computed once
     with torch.no_grad():

@@ -51,7 +51,6 @@ parser.add_argument("--resume", action="store_true", help="continue exactly, fro
 def main(args, classes=(MotionAutoencoder, CodeTalker)):
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    data = open_data(args.data)
     out = Path(args.out)
     sizes = {}
     if args.preset != "small":
@@ -61,8 +60,9 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
 
     if args.resume:
         model, checkpoint = load(out / "last.pt", "vq", device, classes)
-        data.check_compatible(checkpoint)
+        data = open_data(args.data, checkpoint)
     else:
+        data = open_data(args.data)
         config = classes[0].Config(data.channels // 3, **sizes)
         config.codebook_size = args.codebook_size
         if args.codes_per_frame:
@@ -83,7 +83,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
           f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
 
     check_writable(out)
-    data.load_motion(data.splits["train"], device)
+    data.load_motion(data.splits["train"] + data.splits["val"], device)
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps

@@ -41,6 +41,5 @@ def load_or_train(stage="ar"):
             flags = f"--steps 150 --eval-every 150 --vq {vq_path} --out {path.parent}"
             train_ar.main(train_ar.parser.parse_args(flags.split()))
     model, checkpoint = load(path, stage)
-    data = open_data(None)
-    data.check_compatible(checkpoint)
+    data = open_data(None, checkpoint)
     return model, data, is_full

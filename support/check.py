@@ -130,6 +130,8 @@ def check_dataset(folder):
     summary = []
     data = None if findings else attempt(DataSet, folder)
     if data:
+        attempt(data.measure_motion)
+    if data:
         clips = sum(data.splits.values(), [])
         minutes = sum(clip.frames for clip in clips) / data.fps / 60
         splits = ", ".join(f"{len(part)} {split}" for split, part in data.splits.items())

@@ -54,10 +54,10 @@ def speakers(tmp_path_factory):
 
 @pytest.fixture
 def dataset(speakers):
-    """The DataSet of that folder."""
-    from data import DataSet
+    """The data set in that folder."""
+    from data import open_data
 
-    return DataSet(speakers)
+    return open_data(speakers)
 
 
 @pytest.fixture(scope="session")

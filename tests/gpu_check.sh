@@ -28,4 +28,4 @@ run 120 python train_vq.py "${data[@]}" --device "$DEVICE" --out "$OUT/vq" "${st
 run 200 python train_ar.py "${data[@]}" --device "$DEVICE" --vq "$OUT/vq/best.pt" --out "$OUT/ar" "${steps[@]}"
 run 60 python infer.py "${data[@]}" --device "$DEVICE" --ar "$OUT/ar/best.pt" --test
 run 60 python tests/gpu_compare.py "$DEVICE" "$OUT/ar/best.pt"
-run 90 python -m pytest -q tests -m cuda
+run 90 python -m pytest -q tests/test_devices.py -m cuda

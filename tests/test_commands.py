@@ -168,7 +168,7 @@ def test_chunks_decode_to_the_same_motion_where_they_do_not_overlap(monkeypatch)
 def test_metrics_of_test_are_those_of_the_motion_it_writes(infer_cwd, speakers, runs):
     """The test subject is unseen, so test.json has means over both styles."""
     assert infer_cwd("--test", "--data", speakers, "--temperature", 0, "--out", "motions") == 0
-    dataset = data.DataSet(speakers)
+    dataset = data.open_data(speakers)
     errors = []
     for clip in dataset.splits["test"]:
         gt = dataset.frames(clip)

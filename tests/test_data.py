@@ -199,7 +199,7 @@ def test_what_dataset_json_leaves_out_is_inferred(folder):
     for kind in ("wav", "vertices_npy"):
         for path in (folder / kind).glob("*_sentence*"):
             path.unlink()
-    dataset = data.DataSet(folder)
+    dataset = data.open_data(folder)
     assert dataset.fps == 30 and dataset.unit is None and dataset.triangles is None
     assert {split: len(part) for split, part in dataset.splits.items()} == dict(train=8, val=1, test=1)
     assert dataset.lips == dataset.upper_face == list(range(dataset.channels // 3))
@@ -227,13 +227,13 @@ def test_blendshapes_are_padded_to_a_multiple_of_three(folder):
     templates = {name: np.zeros(7) for name in ("ada", "ben", "cleo", "dan")}
     (folder / "templates.pkl").write_bytes(pickle.dumps(templates))
     describe(folder, triangles=None, colours=None, lips=None, upper_face=None, lip_gap=None)
-    dataset = data.DataSet(folder)
+    dataset = data.open_data(folder)
     assert dataset.channels == 9 and dataset.padding == 2
 
 
 def test_frame_stride_2_takes_every_second_frame(folder, dataset):
     describe(folder, frame_stride=2, fps=15)
-    half = data.DataSet(folder)
+    half = data.open_data(folder)
     clip = half.splits["test"][0]
     np.testing.assert_array_equal(half.frames(clip), dataset.frames(dataset.splits["test"][0])[::2])
 
@@ -243,7 +243,7 @@ def test_region_files_name_lips_and_upper_face(folder):
     (folder / "regions").mkdir()
     (folder / "regions" / "lve.txt").write_text("3, 1, 2")
     (folder / "regions" / "fdd.txt").write_text("7,8")
-    dataset = data.DataSet(folder)
+    dataset = data.open_data(folder)
     assert dataset.lips == [3, 1, 2] and dataset.upper_face == [7, 8]
 
 
@@ -339,7 +339,7 @@ def test_check_finds_what_is_wrong(folder, name):
     assert any(finding in line for line in findings), findings
     if refusal and name != "no sound":              # sound is read when it is needed
         with pytest.raises(ValueError, match=refusal) as error:
-            data.DataSet(folder)
+            data.open_data(folder)
         assert "\n" not in str(error.value)
 
 
