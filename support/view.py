@@ -160,9 +160,9 @@ def write_video(path, vertices, faces, audio, progress=iter):
     is_gif = path.suffix == ".gif"
     clips = list(vertices.values())
     frames = len(clips[0])
-    fps = min(faces.fps, 25) if is_gif else faces.fps  # a GIF counts in 1/100 s: no 30 fps
+    fps = min(faces.fps, 12.5) if is_gif else faces.fps  # a GIF counts in 1/100 s, and is large
     shown = np.arange(0, frames, faces.fps / fps).astype(int)
-    figure = Figure(figsize=(4 * len(clips), 4.5), dpi=80 if is_gif else 160)
+    figure = Figure(figsize=(4 * len(clips), 4.5), dpi=56 if is_gif else 160)
     figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.91)
     axes = figure.subplots(1, len(clips), squeeze=False)[0]
     writer = PillowWriter(fps) if is_gif else FFMpegWriter(fps)
