@@ -362,10 +362,12 @@ def log_mel(audio, fps, frames, bands):
     floor = max(1e-8 * float(power.max()), 1e-10)
     mel = power.clamp(min=floor).log10()
 
-    # Subtract each band's mean over speech, the steps within 30 dB of the loudest. This removes
-    # loudness and the frequency response of microphone and room.
+    # Subtract each band's mean over speech: the steps within 30 dB of the loudest, and 200 ms
+    # around them. This removes loudness and the frequency response of microphone and room.
     loudness = power.sum(dim=1)
-    speech = loudness >= 1e-3 * loudness.max()
+    is_loud = (loudness >= 1e-3 * loudness.max()).float()
+    around = round(0.2 * fps * STEPS_PER_FRAME)
+    speech = F.max_pool1d(is_loud[None], 2 * around + 1, stride=1, padding=around)[0] > 0
     mel = mel - mel[speech].mean(dim=0)
 
     # A recording that is equally loud for a second or more is noise, not speech: place it 40 dB
