@@ -454,7 +454,10 @@ def causal_mask(frames, period, heads, context, device=None):
 
 
 class DecoderLayer(nn.Module):
-    """Post-norm transformer decoder layer: self-attention, attention to the audio, feed-forward."""
+    """Post-norm transformer decoder layer: self-attention, attention to the audio, feed-forward.
+
+    Dropout is on the residual branches alone [dropout].
+    """
 
     def __init__(self, config):
         super().__init__()

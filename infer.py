@@ -168,7 +168,7 @@ def read_style(text, faces):
 
 def decode_in_chunks(model, codes):
     """Codes (1, T, H) -> motion (1, T, V*3). The decoder attends to all frames at once, so a long
-    sequence is decoded in chunks of CHUNK frames, each faded into the next."""
+    sequence is decoded in chunks of CHUNK frames, each faded into the next [chunks]."""
     motion = model.decode(codes[:, :CHUNK])
     fade_in = torch.linspace(0, 1, OVERLAP + 2, device=codes.device)[1:-1, None]    # (OVERLAP, 1)
     for start in range(CHUNK - OVERLAP, codes.shape[1] - OVERLAP, CHUNK - OVERLAP):
@@ -181,7 +181,7 @@ def decode_in_chunks(model, codes):
 
 @torch.no_grad()
 def faces_of_codes(model, faces, subject):
-    """The face that each code stands for, (N, V, 3): decoded with all H codes of nine frames alike."""
+    """The face of each code, (N, V, 3): decoded with all H codes of nine frames alike."""
     config = model.autoencoder.config
     codes = torch.arange(config.codebook_size, device=model.style.device)
     codes = codes[:, None, None].expand(-1, 9, config.codes_per_frame)          # (N, 9, H)
