@@ -190,7 +190,8 @@ def grade(path, names=TASKS, seed=0):
         return {name: (0, ["no result"]) for name in names}, [str(error)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder, "student.py").write_text(source, encoding="utf-8")
-        command = [sys.executable, "-u", __file__, "--submission", str(seed), *names]
+        script = str(Path(__file__).resolve())
+        command = [sys.executable, "-u", script, "--submission", str(seed), *names]
         with suppress(subprocess.TimeoutExpired):           # of one that sleeps; loops end earlier
             subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
                            stdin=subprocess.DEVNULL, timeout=600)
