@@ -80,7 +80,7 @@ WRONG = [
     ("motion_loss", "no straight-through", "decoder(z_q)",
      "decode(self.autoencoder.quantiser.nearest(z_hat))"),
     ("motion_loss", "L1", "mse_loss", "l1_loss"),
-    ("motion_loss", "a sum", "motion)", "motion, reduction='sum')"),
+    ("motion_loss", "a sum", "(z_q), motion)", "(z_q), motion, reduction='sum')"),
     ("motion_loss", "no gradient", "quantiser(z_hat)", "quantiser(z_hat.detach())"),
     ("generate", "always position 0", "start=t", "start=0"),
     ("generate", "no cache", "mask[..., -(t + 1):], cache)", "mask[..., -1:])"),
