@@ -9,12 +9,13 @@ predicts their average, which looks over-smoothed. CodeTalker works in two stage
 References
 1) the paper: https://arxiv.org/abs/2301.02379
 2) the authors' code: https://github.com/Doubiiu/CodeTalker
-Where this file differs from the paper, a comment ends in a name in brackets, such as [sampling];
-README.md explains each under "Differences from the paper". The published models themselves are in
-support/published.py.
+Where this file differs from the paper, a comment or docstring has a name in brackets, such as
+[sampling]; README.md explains each under "Differences from the paper". The published models
+themselves are in support/published.py.
 
 Shapes: B batch, T motion frames, V vertices, D model dimension, H codes per frame, C code
         dimension, N codebook size, S audio steps (4 per frame), K speaking styles
+Names:  z_e encoder output, z_q its nearest codebook vectors, z_hat what stage 2 predicts for z_q
 """
 import math
 import os
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 @dataclass
 class VQConfig:
     """Sizes of stage 1"""
-    vertices: int               # V; for blendshape weights, three channels count as one vertex
+    vertices: int               # V; three blendshape weights count as one vertex
     dim: int = 128              # D, equal to codes_per_frame * code_dim
     layers: int = 2             # transformer blocks in the encoder, and as many in the decoder
     heads: int = 4
@@ -48,7 +49,7 @@ class ARConfig:
     """Sizes of stage 2"""
     styles: int                 # K, one per training subject
     period: int = 30            # positions repeat after this many frames (one second)
-    context: int = 90           # frames that a frame can attend to, itself included  [context]
+    context: int = 90           # frames that a frame can attend to, itself included [context]
     dim: int = 128              # D
     layers: int = 2
     heads: int = 4
@@ -76,7 +77,7 @@ class TimeConv(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the last `size` frames: generation need not compute them again."""
+    """Keys and values of the last `size` frames, so that generate() computes each once."""
 
     def __init__(self, size):
         self.size = size
@@ -95,7 +96,7 @@ class KVCache:
 class Attention(nn.Module):
     """Multi-head attention, softmax(Q K^T / sqrt(D/heads) + mask) V  (Vaswani et al. 2017).
 
-    Queries come from x, keys and values from context (by default x itself).  [scale]
+    Queries come from x, keys and values from source (by default x itself).
     """
 
     def __init__(self, dim, heads, qkv_bias=True):
@@ -111,18 +112,19 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (self.heads, -1))               # (..., T, heads, D/heads)
         return x.transpose(-3, -2)                          # (..., heads, T, D/heads)
 
-    def forward(self, x, context=None, mask=None, kv_cache=None):
-        """x (..., T, D), context (..., S, D), mask (heads, T, S) -> (..., T, D)"""
-        if context is None:
-            context = x
+    def forward(self, x, source=None, mask=None, kv_cache=None):
+        """x (..., T, D), source (..., J, D), mask (heads, T, J) -> (..., T, D)"""
+        if source is None:
+            source = x
         q = self.split_heads(self.query(x))                 # (..., heads, T, D/heads)
-        k = self.split_heads(self.key(context))             # (..., heads, S, D/heads)
-        v = self.split_heads(self.value(context))
+        k = self.split_heads(self.key(source))              # (..., heads, J, D/heads)
+        v = self.split_heads(self.value(source))
         if kv_cache is not None:            # generation: x is one frame, the past is in the cache
             k, v = kv_cache.append(k, v)
 
-        # PyTorch has the following as one function, F.scaled_dot_product_attention
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (..., heads, T, S)
+        # PyTorch has the following as one function, F.scaled_dot_product_attention.
+        # Divide by sqrt(D/heads); the released stage 1 divides by sqrt(D) [scale].
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (..., heads, T, J)
         if mask is not None:
             scores = scores + mask          # -inf where a query must not look
         y = scores.softmax(dim=-1) @ v                      # (..., heads, T, D/heads)
@@ -153,9 +155,10 @@ class Block(nn.Module):
 
 
 class TemporalBackbone(nn.Module):
-    """The part that encoder and decoder share: convolution over time, then transformer. (B, T, D)
+    """Convolution over time, then a transformer. (B, T, D) -> (B, T, D)
 
-    No positional encoding: the transformer knows the order of frames by the convolution [position].
+    Encoder and decoder have one each, with weights of their own. There is no positional encoding:
+    the transformer knows the order of frames from the convolution alone [position].
     """
 
     def __init__(self, config):
@@ -226,27 +229,29 @@ class Quantiser(nn.Module):
         self.beta = beta
         bound = 1 / codebook_size
         self.codebook = nn.Parameter(torch.empty(codebook_size, code_dim).uniform_(-bound, bound))
-        self.register_buffer("usage", torch.zeros(codebook_size))       # since the last reset
+        self.register_buffer("usage", torch.zeros(codebook_size))   # times each was taken
 
     def nearest(self, z):
         """z (..., C) -> codes (...): for each vector, the index of the nearest codebook vector."""
-        # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2, where ||z||^2 is the same for all codes
-        distance = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.t()    # (..., N)
-        return distance.argmin(dim=-1)
+        # ||z - e||^2 = ||z||^2 - 2 z.e + ||e||^2; the first term is left out: it is the same for
+        # all codes
+        relative = self.codebook.square().sum(dim=1) - 2 * z @ self.codebook.t()    # (..., N)
+        return relative.argmin(dim=-1)
 
     def forward(self, z_e):
         """z_e (B, T, H, C) -> z_q (B, T, H, C), codes (B, T, H), loss"""
         codes = self.nearest(z_e)
-        z_q = F.embedding(codes, self.codebook)
+        z_q = self.codebook[codes]
         loss = vq_loss(z_e, z_q, self.beta)
         if self.training:
             ones = torch.ones_like(codes, dtype=torch.float)
-            self.usage.index_add_(0, codes.flatten(), ones.flatten())   # counts each code
+            # as torch.bincount, for which a GPU would have to wait
+            self.usage.index_add_(0, codes.flatten(), ones.flatten())
         return straight_through(z_e, z_q), codes, loss
 
     @torch.no_grad()
     def reset_codes(self, which, z_e):
-        """Overwrite the codes where `which` (N,) is True with encoder outputs, plus some noise."""
+        """Overwrite the codes where `which` (N,) is True with noisy encoder outputs."""
         candidates = z_e.flatten(0, -2)                     # (B, T, H, C) -> (B*T*H, C)
         chosen = torch.randint(len(candidates), (int(which.sum()),), device=z_e.device)
         vectors = candidates[chosen]
@@ -255,24 +260,24 @@ class Quantiser(nn.Module):
         self.usage.zero_()
 
     def reset_dead_codes(self, z_e):
-        """Codes not used since the last call start again from encoder outputs [init]."""
+        """Overwrite the codes that were not used since the last reset [init]."""
         self.reset_codes(self.usage == 0, z_e)
 
 
 class MotionAutoencoder(nn.Module):
-    """Stage 1. Motion is (vertices - template) / scale, flattened to (B, T, V*3)."""
-    Config = VQConfig
+    """Stage 1. Motion is (vertices - face at rest) / scale, flattened to (B, T, V*3)."""
+    Config = VQConfig                       # of which load() makes the model again
 
     def __init__(self, config):
         super().__init__()
-        assert config.dim == config.codes_per_frame * config.code_dim
+        assert config.dim == config.codes_per_frame * config.code_dim, "D must be H * C"
         self.config = config
         self.encoder = MotionEncoder(config)
         self.quantiser = Quantiser(config.codebook_size, config.code_dim, config.beta)
         self.decoder = MotionDecoder(config)
 
     def forward(self, motion):
-        """motion (B, T, V*3) -> reconstruction (B, T, V*3), codes (B, T, H), losses to be added"""
+        """motion (B, T, V*3) -> reconstruction (B, T, V*3), codes (B, T, H), dict of losses"""
         z_e = self.encoder(motion)                          # (B, T, H, C)
         z_q, codes, loss_vq = self.quantiser(z_e)
         reconstruction = self.decoder(z_q)                  # (B, T, V*3)
@@ -295,13 +300,14 @@ class MotionAutoencoder(nn.Module):
         flat = motion.flatten(0, 1)                         # (B*T, V*3)
         k = min(self.config.dim // 2, *flat.shape)
         _, sigma, directions = torch.svd_lowrank(flat, q=k)     # (k,), (V*3, k)
-        gain = sigma.norm() / math.sqrt(k * len(flat))      # typical motion along one direction
+        gain = sigma.norm() / math.sqrt(k * len(flat))      # root mean square along one direction
         random = torch.randn(self.config.dim, k, device=motion.device)
-        mix, _ = torch.linalg.qr(random)                    # (D, k), orthonormal columns
-        self.encoder.in_proj.weight.copy_(mix @ directions.t() / gain)
+        mix_in, _ = torch.linalg.qr(random)                 # (D, k), orthonormal columns
+        self.encoder.in_proj.weight.copy_(mix_in @ directions.t() / gain)
         self.encoder.in_proj.bias.zero_()
-        unmix = torch.randn_like(mix) / math.sqrt(self.config.dim)
-        self.decoder.out_proj.weight.copy_(directions @ unmix.t() * gain)
+        # another random mixture, not the inverse: the layers in between are random, too
+        mix_out = torch.randn_like(mix_in) / math.sqrt(self.config.dim)
+        self.decoder.out_proj.weight.copy_(directions @ mix_out.t() * gain)
         self.decoder.out_proj.bias.zero_()
         every_code = torch.ones_like(self.quantiser.usage, dtype=torch.bool)
         self.quantiser.reset_codes(every_code, self.encoder(motion))
@@ -350,16 +356,17 @@ def log_mel(audio, fps, frames, bands):
     step = torch.arange(frames * STEPS_PER_FRAME)
     centre = ((step + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
 
-    # cut out a window of WIN_LENGTH samples around each centre; zeros beyond the recording's ends
-    missing = int(centre[-1]) + WIN_LENGTH - len(audio)
-    padded = F.pad(audio.float(), (WIN_LENGTH // 2, max(0, missing)))
-    start = centre                                          # as the left padding is half a window
-    windows = padded[start[:, None] + torch.arange(WIN_LENGTH)]         # (steps, WIN_LENGTH)
+    # Windows of WIN_LENGTH samples around each centre; zeros beyond the recording's ends. As half a
+    # window is padded on the left, the window around sample c starts at padded[c].
+    half = WIN_LENGTH // 2
+    missing = int(centre[-1]) + half - len(audio)
+    padded = F.pad(audio.float(), (half, max(0, missing)))
+    windows = padded[centre[:, None] + torch.arange(WIN_LENGTH)]        # (steps, WIN_LENGTH)
 
     windows = windows * torch.hann_window(WIN_LENGTH, periodic=False)
     spectrum = torch.fft.rfft(windows, N_FFT)                           # (steps, N_FFT/2 + 1)
     power = spectrum.abs().square() @ mel_filterbank(bands)             # (steps, bands)
-    floor = max(1e-8 * float(power.max()), 1e-10)
+    floor = max(1e-8 * float(power.max()), 1e-10)           # 80 dB below the loudest
     mel = power.clamp(min=floor).log10()
 
     # Subtract each band's mean over speech: the steps within 30 dB of the loudest, and 200 ms
@@ -386,9 +393,9 @@ def perturb_vocal_tract(mel):
     """
     batch, steps, bands = mel.shape
     stretch = 1 + 0.08 * torch.randn(batch, 1, device=mel.device)
-    shift = bands / 53 * torch.randn(batch, 1, device=mel.device)
+    shift = bands / 53 * torch.randn(batch, 1, device=mel.device)       # about 50 mel
     position = torch.arange(bands, device=mel.device) * stretch + shift
-    position = position.clamp(0, bands - 1.001)             # (B, bands)
+    position = position.clamp(0, bands - 1.001)             # (B, bands); lower + 1 must exist
     lower = position.long()
     weight = (position - lower)[:, None]                    # (B, 1, bands)
     lower = lower[:, None].expand(-1, steps, -1)            # (B, S, bands)
@@ -441,13 +448,13 @@ def periodic_positions(period, dim):
 def causal_mask(frames, period, heads, context, device=None):
     """FaceFormer's biased causal mask, (heads, frames, frames), added to the attention scores.
 
-    -inf for the future and for frames `context` or more back. Otherwise -slope * floor((i - j) /
-    period): 0 within the last period, a little less for each period further back, with a different
-    slope for each head (as in ALiBi, Press et al. 2022).
+    -inf for the future and for frames `context` or more back. Otherwise, for frame i that attends
+    to frame j, -slope * floor((i - j) / period): 0 within the last period, a little less for each
+    period further back. Every head has a slope of its own (ALiBi, Press et al. 2022).
     """
     t = torch.arange(frames, device=device)
     back = t[:, None] - t[None, :]                          # i - j: how far frame j lies back
-    slopes = 4.0 ** -torch.arange(1, heads + 1, device=device)
+    slopes = 4.0 ** -torch.arange(1, heads + 1, device=device)      # ALiBi's, for four heads
     mask = -slopes[:, None, None] * (back // period)
     hidden = (back < 0) | (back >= context)
     return mask.masked_fill(hidden, -math.inf)
@@ -471,7 +478,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, audio, mask=None, kv_cache=None):
-        """x (B, T, D), audio (B, T, D), mask (heads, T, T) -> (B, T, D)"""
+        """x (B, T, D), audio (B, T, D), mask (heads, T, frames attended to) -> (B, T, D)"""
         y = self.self_attention(x, mask=mask, kv_cache=kv_cache)
         x = self.norm1(x + self.dropout(y))
         y = self.attend_to_audio(x, audio)
@@ -481,14 +488,15 @@ class DecoderLayer(nn.Module):
 
     def attend_to_audio(self, x, audio):
         # Frame t attends to the audio feature of frame t and to no other. The softmax over a single
-        # score is 1, so of the cross-attention only value and output projection remain.
+        # score is 1, so of the cross-attention only value and output projection remain. (The
+        # published BIWI model attends to two audio steps: there x, query and key are needed.)
         return self.cross_attention.out(self.cross_attention.value(audio))
 
 
 class CodeTalker(nn.Module):
     """Stage 2: predicts each frame's codes from speech and from the codes of the frames before it.
 
-    The paper feeds back decoded motion, here the codes themselves are fed back [history].
+    The paper feeds back decoded motion; here the codes themselves are fed back [history].
     """
     Config = ARConfig
 
@@ -502,17 +510,19 @@ class CodeTalker(nn.Module):
         self.style = nn.Parameter(torch.randn(config.styles, config.dim) / math.sqrt(config.dim))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.dim, feature_dim, bias=False)
-        nn.init.zeros_(self.head.weight)                    # as in the paper
+        nn.init.zeros_(self.head.weight)                    # z_hat starts at 0, as in the paper
         codebook_variance = autoencoder.quantiser.codebook.detach().var()
-        self.log_var = nn.Parameter((codebook_variance / 4).log())          # see logits()
+        self.log_var = nn.Parameter((codebook_variance / 4).log())      # see logits(); 4 by hand
         self.dropout = nn.Dropout(config.dropout)
         positions = periodic_positions(config.period, config.dim)
         self.register_buffer("positions", positions, persistent=False)      # (period, D)
 
     def train(self, mode=True):
         super().train(mode)
-        self.autoencoder.eval()                             # stays frozen
+        self.autoencoder.eval()                             # motion_loss() must not count usage
         return self
+
+    # The published models override the next two: they have wav2vec 2.0.
 
     def preprocess_audio(self, audio, fps, frames):
         """A recording (samples,) -> the input of encode_audio(), (frames * 4, mel_bands)"""
@@ -527,17 +537,17 @@ class CodeTalker(nn.Module):
         return self.autoencoder.quantiser.codebook[codes].flatten(2)
 
     def embed(self, prev, style, start=0):
-        """Input tokens of frames start, start + 1 ...: previous frame + style + position. (B, T, D)
+        """Input of frames start, start + 1, ...: previous frame + style + position. (B, T, D)
 
         prev (B, T, H*C): code vectors of each frame's predecessor; style (B, K): weights of styles.
         """
         x = self.in_proj(prev)                              # (B, T, D)
         if start == 0:
-            x[:, 0] = 0                     # the first frame has no previous frame [first]
+            x[:, 0] = 0                     # no previous frame: not even in_proj's bias [first]
         t = torch.arange(start, start + prev.shape[1], device=x.device)
         positions = self.positions[t % self.config.period]  # (T, D)
-        style = style @ self.style                          # (B, K) @ (K, D) -> (B, D)
-        return self.dropout(x + style[:, None] + positions)
+        style_vector = style @ self.style                   # (B, K) @ (K, D) -> (B, D)
+        return self.dropout(x + style_vector[:, None] + positions)
 
     def predict(self, past, style, audio):
         """Teacher forcing: all frames in one pass; frame t sees the past up to frame t - 1.
@@ -545,7 +555,7 @@ class CodeTalker(nn.Module):
         past (B, T, H*C) code vectors, style (B, K), audio (B, T, D) -> z_hat (B, T, H*C)
         """
         config = self.config
-        prev = F.pad(past[:, :-1], (0, 0, 1, 0))            # shift right by one frame
+        prev = F.pad(past[:, :-1], (0, 0, 1, 0))            # one frame later, zeros in front
         x = self.embed(prev, style)
         mask = causal_mask(x.shape[1], config.period, config.heads, config.context, x.device)
         for layer in self.layers:
@@ -561,29 +571,30 @@ class CodeTalker(nn.Module):
         codes_per_frame = self.autoencoder.config.codes_per_frame
         z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
         codebook = self.autoencoder.quantiser.codebook      # (N, C)
-        distance = codebook.square().sum(dim=1) - 2 * z_hat @ codebook.t()  # as in nearest()
-        return -distance / (2 * self.log_var.exp())
+        relative = codebook.square().sum(dim=1) - 2 * z_hat @ codebook.t()  # as in nearest()
+        return -relative / (2 * self.log_var.exp())
 
     def sample(self, logits, temperature):
         """logits (B, T, H, N) -> codes (B, T, H); the most likely ones at temperature 0"""
         if temperature == 0:
             return logits.argmax(dim=-1)
-        probs = (logits / temperature).softmax(dim=-1)
-        codes = torch.multinomial(probs.flatten(0, -2), num_samples=1)      # (B*T*H, 1)
-        return codes.view(logits.shape[:-1])
+        # inverse transform sampling; torch.multinomial does the same, ten times more slowly
+        cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)      # (B, T, H, N)
+        threshold = cumulative[..., -1:] * torch.rand_like(cumulative[..., :1])
+        return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
     def forward(self, mel, style, codes, motion, sampling_prob=0.0):
-        """The losses of stage 2, to be added; codes (B, T, H), motion (B, T, V*3) are ground truth.
+        """A dict of losses, to be added; codes (B, T, H) and motion (B, T, V*3) are ground truth.
 
         sampling_prob: scheduled sampling (Bengio et al. 2015), the share of past frames that the
-        model's own predictions replace. With the ground truth alone it learns to copy the previous
-        frame, ignores the audio and drifts at inference [scheduled].
+        model's own predictions replace. With the ground truth alone the model learns to copy the
+        previous frame, ignores the audio and drifts at inference [scheduled].
         """
         audio = self.encode_audio(mel)                      # (B, T, D)
         past = codes
         if sampling_prob > 0:
-            # Two passes (Mihaylova and Martins 2019). In the first the past is random codes, so the
-            # predictions depend on the audio alone and do not leak the ground truth.
+            # Two passes, as in Mihaylova and Martins (2019). They feed the true past to the first;
+            # here it is random codes, so that the predictions do not leak the ground truth.
             with torch.no_grad():
                 random_codes = torch.randint_like(codes, self.autoencoder.config.codebook_size)
                 z_hat = self.predict(self.code_vectors(random_codes), style, audio)
@@ -592,8 +603,8 @@ class CodeTalker(nn.Module):
             past = torch.where(use_own[..., None], own_codes, codes)        # (B, T, H)
         z_hat = self.predict(self.code_vectors(past), style, audio)         # (B, T, H*C)
 
-        subset = slice(None, None, self.config.motion_loss_every)
-        loss_motion = self.motion_loss(z_hat[subset], motion[subset])
+        every = self.config.motion_loss_every
+        loss_motion = self.motion_loss(z_hat[::every], motion[::every])
         return {"code": self.code_loss(z_hat, codes),
                 "motion": self.config.motion_weight * loss_motion}
 
@@ -621,7 +632,7 @@ class CodeTalker(nn.Module):
         """Free-running generation: audio (B, T, D), style (B, K) -> codes (B, T, H)
 
         Every frame is predicted from the codes sampled before it. temperature None stands for
-        config.temperature; progress wraps the range of frames, as tqdm does.
+        config.temperature; progress wraps the range of frames, as tqdm does (iter: no output).
         """
         assert not self.training, "call model.eval() first"
         config = self.config
@@ -629,14 +640,15 @@ class CodeTalker(nn.Module):
             temperature = config.temperature
         context = config.context
         mask = causal_mask(context, config.period, config.heads, context, audio.device)
-        mask = mask[:, -1:]                                 # of the newest frame: (heads, 1, S)
-        caches = [KVCache(config.context) for _ in self.layers]
+        mask = mask[:, -1:]                 # the last row: of the newest frame, (heads, 1, context)
+        caches = [KVCache(context) for _ in self.layers]
         prev = torch.zeros(len(audio), 1, self.in_proj.in_features, device=audio.device)
         codes = []
         for t in progress(range(audio.shape[1])):
             x = self.embed(prev, style, start=t)            # (B, 1, D)
+            seen = min(t + 1, context)                      # frames in a cache, this one included
             for layer, cache in zip(self.layers, caches):
-                x = layer(x, audio[:, t:t + 1], mask[..., -(t + 1):], cache)
+                x = layer(x, audio[:, t:t + 1], mask[..., -seen:], cache)
             logits = self.logits(self.head(x))              # (B, 1, H, N)
             next_codes = self.sample(logits, temperature)   # (B, 1, H)
             prev = self.code_vectors(next_codes)
@@ -644,7 +656,7 @@ class CodeTalker(nn.Module):
         return torch.cat(codes, dim=1)
 
     def decode(self, codes):
-        """codes (B, T, H) -> motion (B, T, V*3)"""
+        """As MotionAutoencoder.decode(): codes (B, T, H) -> motion (B, T, V*3)"""
         return self.autoencoder.decode(codes)
 
 
@@ -655,7 +667,7 @@ class CodeTalker(nn.Module):
 def atomic_write(path):
     """Gives a temporary path to write to, then renames it: `path` is never half-written."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")         # with the ending that writers look at
+    temporary = path.with_name(f".tmp-{path.name}")         # the same ending: writers go by it
     try:
         yield temporary
         os.replace(temporary, path)
@@ -665,7 +677,7 @@ def atomic_write(path):
 
 def save(path, model, **training_state):
     """Write a checkpoint: configuration, weights, and whatever is needed to resume training."""
-    autoencoder = getattr(model, "autoencoder", model)
+    autoencoder = getattr(model, "autoencoder", model)      # stage 1 is one itself
     checkpoint = {"model": type(model).__name__, "weights": model.state_dict(),
                   "vq_config": asdict(autoencoder.config), "config": asdict(model.config)}
     with atomic_write(path) as temporary:
@@ -682,7 +694,7 @@ def load(path, stage, device="cpu", classes=(MotionAutoencoder, CodeTalker)):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no code in it
         if checkpoint["model"] != expected:
-            raise ValueError(f"it is one of {checkpoint['model']}")
+            raise ValueError(f"it holds a {checkpoint['model']}")
         model = vq_class(vq_class.Config(**checkpoint["vq_config"]))
         if stage == "ar":
             model = ar_class(ar_class.Config(**checkpoint["config"]), model)

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from codetalker import SAMPLE_RATE, CodeTalker, MotionAutoencoder, load
-from data import Faces, open_data
+from data import DataSet, Faces, open_data
 from support import view
 from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
                              progress)
 from support.files import check_finite, read_audio
-from support.metrics import METRIC_NAMES, evaluate_generation, generate_clips, write_json
+from support.metrics import METRIC_NAMES, evaluate_generation, generate_clips, styles_of, write_json
 
 parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--wav", help="speech (default: the first test clip)")
@@ -40,7 +40,7 @@ parser.add_argument("--temperature", type=number(0, 2),
                          "training data (default: the model's, 0.8)")
 parser.add_argument("--ar", default="runs/ar/best.pt", help="checkpoint of stage 2 (%(default)s)")
 parser.add_argument("--preset", choices=["small", "vocaset", "biwi"], default="small",
-                    help="as in training (%(default)s)")
+                    help="as in training; --released needs none (%(default)s)")
 parser.add_argument("--released", nargs=2, metavar=("STAGE1", "STAGE2"),
                     help="the authors' two checkpoints instead of --ar; needs --data")
 parser.add_argument("--data", help="folder of a data set (default: the synthetic one, where a test "
@@ -80,14 +80,18 @@ def main(args):
     # 1. speech, style, face
     clip = None
     if args.wav:
-        frames = max(1, int(len(audio) / SAMPLE_RATE * faces.fps + 1e-6))
+        seconds = len(audio) / SAMPLE_RATE
+        frames = max(1, int(seconds * faces.fps + 1e-6))    # 1e-6: 29.9999999 are 30 frames
         title = Path(args.wav).stem
     else:
         clip = data.splits["test"][0]
         audio, frames, title = data.audio(clip), clip.frames, clip.name
-    style_text = args.style or faces.subjects[0]
-    if clip and not args.style and clip.subject in faces.subjects:
+    if args.style:
+        style_text = args.style
+    elif clip and clip.subject in faces.subjects:
         style_text = clip.subject
+    else:
+        style_text = faces.subjects[0]
     style, first_subject = read_style(style_text, faces)
     subject = args.subject or (clip.subject if clip else first_subject)
     if subject not in faces.templates:
@@ -96,8 +100,8 @@ def main(args):
 
     # 2. codes from speech, motion from the codes
     start = time.time()
-    if device == "cpu" and args.preset == "small":
-        torch.set_num_threads(1)            # a frame of the small model is too little for two
+    if device == "cpu" and args.preset == "small" and not args.released:
+        torch.set_num_threads(1)            # faster: a frame of the small model is little work
     torch.manual_seed(args.seed)
     with torch.no_grad():
         features = model.preprocess_audio(audio, faces.fps, frames)[None].to(device)
@@ -128,16 +132,18 @@ def main(args):
         stills = view.pick_stills(segments, frames, faces.fps)
         view.write_sheet(out, pred, faces, stills, codes[0].cpu().numpy())
     else:
-        view.write_video(out, shown, faces, audio, lambda frames: progress(frames, "drawing"))
+        view.write_video(out, shown, faces, audio, lambda steps: progress(steps, "drawing"))
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB")
 
 
 def load_model(args, device):
-    """The model, its faces, and the data set where one is needed (a recording needs none)."""
+    """The model, its faces, and the data set (a Faces, too); None if a recording needs none."""
     if args.preset != "small" or args.released:
         from support import published
     if args.released:
         model, data = published.open_released(*args.released, args.data)
+        if not args.wav and not isinstance(data, DataSet):
+            raise ValueError(f"{args.data}: the folder has no clips; give a recording as --wav")
         return model.to(device), data, data
     classes = published.CLASSES if args.preset != "small" else (MotionAutoencoder, CodeTalker)
     model, checkpoint = load(args.ar, "ar", device, classes)
@@ -148,44 +154,50 @@ def load_model(args, device):
 
 
 def read_style(text, faces):
-    """"ada" or "ada:0.3,ben:0.7" -> weights (K,) that sum to 1, and the first name."""
+    """'ada' or 'ada:0.3,ben:0.7' -> weights (K,) that sum to 1, and the first name."""
     style = torch.zeros(len(faces.subjects))
+    names = []
     for part in text.split(","):
-        name, _, weight = part.strip().partition(":")
+        name, _, weight = part.partition(":")
+        name = name.strip()
+        names.append(name)
         if name not in faces.subjects:
             raise ValueError(f"--style: one of {', '.join(faces.subjects)} expected, found "
                              f"{name!r}")
         try:
             weight = float(weight or 1)
         except ValueError:
-            weight = 0.0
+            weight = 0.0                    # refused below
         if not 0.001 <= weight <= 1000:
             raise ValueError(f"--style: a weight from 0.001 to 1000 expected, as in {name}:0.5, "
                              f"found {part.strip()!r}")
         style += weight * faces.style(name)
-    return style / style.sum(), text.split(",")[0].partition(":")[0].strip()
+    return style / style.sum(), names[0]
 
 
 def decode_in_chunks(model, codes):
-    """Codes (1, T, H) -> motion (1, T, V*3). The decoder attends to all frames at once, so a long
-    sequence is decoded in chunks of CHUNK frames, each faded into the next [chunks]."""
+    """Codes (1, T, H) -> motion (1, T, V*3), in chunks of CHUNK frames, each faded into the next.
+
+    The decoder attends to all frames at once, which is too much for long speech [chunks].
+    """
     motion = model.decode(codes[:, :CHUNK])
     fade_in = torch.linspace(0, 1, OVERLAP + 2, device=codes.device)[1:-1, None]    # (OVERLAP, 1)
+    # every chunk starts OVERLAP frames before the end of what is decoded so far
     for start in range(CHUNK - OVERLAP, codes.shape[1] - OVERLAP, CHUNK - OVERLAP):
         chunk = model.decode(codes[:, start:start + CHUNK])
-        before = motion[:, -OVERLAP:]
-        faded = before + fade_in * (chunk[:, :OVERLAP] - before)
+        faded = (1 - fade_in) * motion[:, -OVERLAP:] + fade_in * chunk[:, :OVERLAP]
         motion = torch.cat([motion[:, :-OVERLAP], faded, chunk[:, OVERLAP:]], dim=1)
     return motion
 
 
 @torch.no_grad()
 def faces_of_codes(model, faces, subject):
-    """The face of each code, (N, V, 3): decoded with all H codes of nine frames alike."""
+    """The face of each code, (N, V, 3): the middle of nine frames that have this code H times."""
     config = model.autoencoder.config
     codes = torch.arange(config.codebook_size, device=model.style.device)
     codes = codes[:, None, None].expand(-1, 9, config.codes_per_frame)          # (N, 9, H)
-    return faces.vertices(model.decode(codes)[:, 4].cpu(), subject)
+    middle = model.decode(codes)[:, 4].cpu()                                    # (N, V*3)
+    return faces.vertices(middle, subject)
 
 
 def test(model, data, args):
@@ -193,6 +205,8 @@ def test(model, data, args):
     start = time.time()
     folder = Path(args.released[1] if args.released else args.ar).parent
     check_writable(folder)
+    if args.out:
+        check_writable(args.out)
     results = {}
     for split in [name for name in data.splits if name.startswith("test")]:
         clips = data.splits[split]
@@ -206,10 +220,8 @@ def test(model, data, args):
             if name in results[split]:
                 print(f"    {text:58s} {results[split][name]:8.4g}")
         if args.out:
-            check_writable(args.out)
-            styles = [clip.subject if clip.subject in data.subjects else data.subjects[0]
-                      for clip in clips]
-            motions, _ = generate_clips(model, data, clips, styles)
+            torch.manual_seed(args.seed)            # the first of the samples that were measured
+            motions, _ = generate_clips(model, data, clips, styles_of(data, clips))
             for clip, motion in zip(clips, motions):
                 vertices = data.vertices(motion, clip.subject)
                 path = Path(args.out, f"{clip.name}.npy")

@@ -6,12 +6,14 @@ Stage 2: learn to predict codes from speech.
     python train_ar.py --data VOCASET --preset vocaset --wav2vec2 pytorch_model.bin     (published)
 
 Every evaluation is free-running: the model is fed with its own codes, as in use. The teacher-forced
-loss also drops if the model only copies the previous frame. As a check, the lip error with another
-clip's audio is logged: it should be much larger.
+loss also drops if the model only copies the previous frame. The lip error with another clip's audio
+is logged, too: it should be much larger.
 
-Writes best.pt (lowest lip error relative to that check), last.pt, metrics.json and loss.png.
+Writes best.pt (lowest lip error, divided by that with another clip's audio), last.pt, metrics.json
+and loss.png.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -53,13 +55,14 @@ parser.add_argument("--resume", action="store_true", help="continue exactly, fro
 
 
 def main(args, classes=(MotionAutoencoder, CodeTalker)):
+    """classes: of stage 1 and stage 2; support/trial.py trains others."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     out = Path(args.out)
-    sizes = {}
     if args.preset != "small":
         from support import published
         classes = published.CLASSES
+    ar_class = classes[1]
 
     if args.resume:
         model, checkpoint = load(out / "last.pt", "ar", device, classes)
@@ -67,10 +70,11 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     else:
         autoencoder, stage1 = load(args.vq, "vq", device, classes)
         data = open_data(args.data, stage1)
+        sizes = {}
         if args.preset != "small":
             sizes = published.ar_sizes(args.preset, args.wav2vec2, data.fps)
-        config = classes[1].Config(styles=len(data.subjects), period=round(data.fps), **sizes)
-        model = classes[1](config, autoencoder).to(device)
+        config = ar_class.Config(styles=len(data.subjects), period=round(data.fps), **sizes)
+        model = ar_class(config, autoencoder).to(device)
         if args.preset != "small":
             published.load_wav2vec2(model, args.wav2vec2)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -78,17 +82,18 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     step, log, best = 0, [], float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
-    print(f"stage 2 on {device}: {sum(p.numel() for p in trainable):,} parameters, "
+    parameters = sum(p.numel() for p in trainable)
+    print(f"stage 2 on {device}: {parameters:,} parameters, "
           f"{len(data.splits['train'])} clips, styles {', '.join(data.subjects)}")
 
     check_writable(out)
     data.load_motion(data.splits["train"] + data.splits["val"], device)
     styles = {subject: data.style(subject).to(device) for subject in data.subjects}
-    codes = {}                              # stage 1 is frozen, so they are computed once
+    codes = {}                              # of each clip, (T, H); only once: stage 1 is frozen
     with torch.no_grad():
         for clip in progress(data.splits["train"], "codes and audio features"):
             codes[clip.name] = model.autoencoder.encode(data.motion(clip)[None])[0]
-            data.audio_features(clip, model)                # stay on the device
+            data.audio_features(clip, model)                # fills the cache, on the device
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps
@@ -134,11 +139,11 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             codebook_size = model.autoencoder.config.codebook_size
             warn_if_collapsed(metrics, codebook_size, step, uses_audio=True)
             log[-1]["val"] = metrics
-            # LVE alone prefers faces that hardly move; relative to LVE with the wrong audio it does
-            # not. NaN, where no subject has two clips: then keep the latest.
+            # LVE alone prefers faces that hardly move, so it is divided by LVE with wrong audio
             ratio = metrics["lve"] / metrics["lve_wrong_audio"]
-            is_best = not ratio >= best
-            best = ratio if is_best else best
+            is_best = ratio < best or math.isnan(ratio)
+            if is_best:
+                best = ratio
             state = training_state(optimiser, step, log, best, args, data)
             if is_best:
                 save(out / "best.pt", model, **state)

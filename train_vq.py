@@ -35,7 +35,7 @@ parser.add_argument("--halve-lr-every", type=positive, default=100, help="steps 
 parser.add_argument("--codebook-size", type=number(1, 65536, int), default=256,
                     help="N, number of codes (%(default)s)")
 parser.add_argument("--codes-per-frame", type=int, choices=[1, 2, 4, 8, 16, 32, 64],
-                    help="H; the channels of a frame are divided among them (16; BIWI 8)")
+                    help="H; each has D / H dimensions (default: 16; biwi: 8)")
 parser.add_argument("--reset-every", type=positive, default=25,
                     help="steps between resets of dead codes (%(default)s)")
 parser.add_argument("--eval-every", type=positive, default=150,
@@ -49,6 +49,7 @@ parser.add_argument("--resume", action="store_true", help="continue exactly, fro
 
 
 def main(args, classes=(MotionAutoencoder, CodeTalker)):
+    """classes: of stage 1 and stage 2; support/trial.py trains others."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     out = Path(args.out)
@@ -57,21 +58,22 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         from support import published
         classes = published.CLASSES
         sizes = published.PRESETS[args.preset][0]
+    vq_class = classes[0]
 
     if args.resume:
         model, checkpoint = load(out / "last.pt", "vq", device, classes)
         data = open_data(args.data, checkpoint)
     else:
         data = open_data(args.data)
-        config = classes[0].Config(data.channels // 3, **sizes)
+        config = vq_class.Config(data.channels // 3, **sizes)
         config.codebook_size = args.codebook_size
         if args.codes_per_frame:
             config.codes_per_frame = args.codes_per_frame
             config.code_dim = config.dim // args.codes_per_frame
-        model = classes[0](config).to(device)
+        model = vq_class(config).to(device)
         if args.preset == "small":
-            crops = random_crops(data.splits["train"], args.seq_len, 128)
-            motion = torch.stack([data.motion(*crop) for crop in crops])
+            crops = random_crops(data.splits["train"], args.seq_len, count=128)
+            motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
             model.init_from_data(motion.to(device))
         else:
             data.scale = 1.0                        # the published models take metres as they are
@@ -79,7 +81,8 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     step, log, best = 0, [], -float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
-    print(f"stage 1 on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"stage 1 on {device}: {parameters:,} parameters, "
           f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
 
     check_writable(out)
@@ -93,7 +96,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
 
         # 2. a batch of random crops of motion (B, T, V*3)
         crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
-        motion = torch.stack([data.motion(*crop) for crop in crops])
+        motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
 
         # 3. dead codes start again from encoder outputs
         model.train()

@@ -193,6 +193,16 @@ def generate_clips(model, data, clips, styles):
     return motions, codes
 
 
+def styles_of(data, clips, i=0):
+    """A style for each clip: a training subject's own; each unseen subject has another one, which
+    changes with i."""
+    style_for = {name: name for name in data.subjects}
+    unseen = sorted({clip.subject for clip in clips} - set(data.subjects))
+    for j, name in enumerate(unseen):
+        style_for[name] = data.subjects[(i + j) % len(data.subjects)]
+    return [style_for[clip.subject] for clip in clips]
+
+
 def evaluate_generation(model, data, split, every_style=False, seed=0):
     """Stage 2, free-running, on the clips of a split: metrics of what it generates from the audio.
 
@@ -201,17 +211,13 @@ def evaluate_generation(model, data, split, every_style=False, seed=0):
     paper's protocol). seed: of the sampled codes; the random state of training is restored.
     """
     clips = data.splits[split]
-    unseen = sorted({clip.subject for clip in clips} - set(data.subjects))
+    unseen = {clip.subject for clip in clips} - set(data.subjects)
     rounds = range(len(data.subjects) if every_style and unseen else 1)
     results = []
     for i in progress(rounds, "evaluating all styles"):
-        style_for = {name: name for name in data.subjects}
-        for j, name in enumerate(unseen):
-            style_for[name] = data.subjects[(i + j) % len(data.subjects)]
         with torch.random.fork_rng():
             torch.manual_seed(seed + i)
-            styles = [style_for[clip.subject] for clip in clips]
-            motions, codes = generate_clips(model, data, clips, styles)
+            motions, codes = generate_clips(model, data, clips, styles_of(data, clips, i))
         result = compute_metrics(data, clips, motions)
         if codes[0].dtype == torch.long:            # not for the trial's model without a codebook
             codes = [array.cpu() for array in codes]
