@@ -42,12 +42,14 @@ class VQConfig:
     code_dim: int = 8           # C
     codebook_size: int = 256    # N
     beta: float = 0.25          # weight of the commitment loss
+    velocity_weight: float = 4.0    # weight of the velocity loss
 
 
 @dataclass
 class ARConfig:
     """Sizes of stage 2"""
     styles: int                 # K, one per training subject
+    phones: int = 1             # classes of the phone loss; 1, if the data has no phones
     period: int = 30            # positions repeat after this many frames (one second)
     context: int = 90           # frames that a frame can attend to, itself included [context]
     dim: int = 128              # D
@@ -58,7 +60,7 @@ class ARConfig:
     audio_layers: int = 4       # dilated convolutions in the audio encoder
     motion_weight: float = 2.0  # weight of the motion loss
     motion_loss_every: int = 4  # decode one sequence in four for the motion loss, to save time
-    temperature: float = 0.8    # for sampling codes; 0 takes the most likely code
+    temperature: float = 1.0    # for sampling codes; 0 takes the most likely code
 
 
 # ---------- building blocks shared by both stages -------------------------------------------------
@@ -286,8 +288,12 @@ class MotionAutoencoder(nn.Module):
 
     def reconstruction_loss(self, reconstruction, motion):
         # The paper has L1 alone. Its minimum is the median, "no movement" for a muscle that moves
-        # in one frame of ten. The squared error keeps such muscles from being ignored [loss].
-        return F.l1_loss(reconstruction, motion) + F.mse_loss(reconstruction, motion)
+        # in one frame of ten. The squared error keeps such muscles from being ignored; that of the
+        # frame differences (VOCA, Cudeiro et al. 2019) keeps lips fast and a face at rest still
+        # [loss].
+        position = F.l1_loss(reconstruction, motion) + F.mse_loss(reconstruction, motion)
+        velocity = F.mse_loss(reconstruction.diff(dim=1), motion.diff(dim=1))
+        return position + self.config.velocity_weight * velocity
 
     @torch.no_grad()
     def init_from_data(self, motion):
@@ -506,6 +512,7 @@ class CodeTalker(nn.Module):
         self.autoencoder = autoencoder.requires_grad_(False).eval()         # stage 1 is frozen
         feature_dim = autoencoder.config.codes_per_frame * autoencoder.config.code_dim      # H*C
         self.audio_encoder = AudioEncoder(config)
+        self.phone_head = nn.Linear(config.dim, config.phones)
         self.in_proj = nn.Linear(feature_dim, config.dim)
         self.style = nn.Parameter(torch.randn(config.styles, config.dim) / math.sqrt(config.dim))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
@@ -583,30 +590,44 @@ class CodeTalker(nn.Module):
         threshold = cumulative[..., -1:] * torch.rand_like(cumulative[..., :1])
         return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
-    def forward(self, mel, style, codes, motion, sampling_prob=0.0):
-        """A dict of losses, to be added; codes (B, T, H) and motion (B, T, V*3) are ground truth.
-
-        sampling_prob: scheduled sampling (Bengio et al. 2015), the share of past frames that the
-        model's own predictions replace. With the ground truth alone the model learns to copy the
-        previous frame, ignores the audio and drifts at inference [scheduled].
+    def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
+        """A dict of losses, to be added. To be predicted are codes (B, T, H), motion (B, T, V*3) and
+        phones (B, T), numbers below config.phones. sampling_prob: see scheduled_sampling().
         """
         audio = self.encode_audio(mel)                      # (B, T, D)
-        past = codes
-        if sampling_prob > 0:
-            # Two passes, as in Mihaylova and Martins (2019). They feed the true past to the first;
-            # here it is random codes, so that the predictions do not leak the ground truth.
-            with torch.no_grad():
-                random_codes = torch.randint_like(codes, self.autoencoder.config.codebook_size)
-                z_hat = self.predict(self.code_vectors(random_codes), style, audio)
-                own_codes = self.logits(z_hat).argmax(dim=-1)               # (B, T, H)
-            use_own = torch.rand(codes.shape[:2], device=codes.device) < sampling_prob
-            past = torch.where(use_own[..., None], own_codes, codes)        # (B, T, H)
+        past = self.scheduled_sampling(codes, style, audio, sampling_prob)
         z_hat = self.predict(self.code_vectors(past), style, audio)         # (B, T, H*C)
 
         every = self.config.motion_loss_every
         loss_motion = self.motion_loss(z_hat[::every], motion[::every])
         return {"code": self.code_loss(z_hat, codes),
-                "motion": self.config.motion_weight * loss_motion}
+                "motion": self.config.motion_weight * loss_motion,
+                "phone": self.phone_loss(audio, phones)}
+
+    @torch.no_grad()
+    def scheduled_sampling(self, codes, style, audio, sampling_prob):
+        """Codes (B, T, H) in which the model's own samples replace a share of the frames.
+
+        With the ground truth alone as the past the model learns to copy the previous frame, ignores
+        the audio and drifts at inference (Bengio et al. 2015) [scheduled]. Only every second
+        sequence is changed: from the others it learns how a motion goes on that the audio does not
+        determine, such as a blink.
+        """
+        if sampling_prob == 0:
+            return codes
+        # Two passes, as in Mihaylova and Martins (2019): samples given the past, then the past with
+        # some of them. In the first pass a quarter of the past is random codes, so that the samples
+        # depend on the audio, too.
+        half = codes[::2]                                   # (B/2, T, H)
+        random_codes = torch.randint_like(half, self.autoencoder.config.codebook_size)
+        is_random = torch.rand(half.shape[:2], device=codes.device) < 0.25
+        past = torch.where(is_random[..., None], random_codes, half)
+        z_hat = self.predict(self.code_vectors(past), style[::2], audio[::2])
+        own_codes = self.sample(self.logits(z_hat), temperature=1.0)        # (B/2, T, H)
+        use_own = torch.rand(half.shape[:2], device=codes.device) < sampling_prob
+        mixed = codes.clone()
+        mixed[::2] = torch.where(use_own[..., None], own_codes, half)
+        return mixed
 
     def code_loss(self, z_hat, codes):
         """Cross-entropy of the true codes (B, T, H), given z_hat (B, T, H*C).
@@ -626,6 +647,14 @@ class CodeTalker(nn.Module):
         z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
         z_q, _, _ = self.autoencoder.quantiser(z_hat)
         return F.mse_loss(self.autoencoder.decoder(z_q), motion)
+
+    def phone_loss(self, audio, phones):
+        """Cross-entropy of the phones (B, T), given audio features (B, T, D) [phones].
+
+        An encoder that must tell phones apart learns speech in fewer steps than from motion alone,
+        which hardly shows what the tongue does.
+        """
+        return F.cross_entropy(self.phone_head(audio).flatten(0, 1), phones.flatten())
 
     @torch.no_grad()
     def generate(self, audio, style, temperature=None, progress=iter):

@@ -6,10 +6,12 @@ Data sets: any folder in the layout of FaceFormer and CodeTalker, or the synthet
     FOLDER/wav/SUBJECT_sentence01.wav               speech, any sample rate
     FOLDER/vertices_npy/SUBJECT_sentence01.npy      vertices (frames, V*3); or blendshape weights
     FOLDER/templates.pkl                            {subject: (V, 3)}, each subject's face at rest
+    FOLDER/phones/SUBJECT_sentence01.tsv            optional: lines of start s, end s, phone
     FOLDER/dataset.json                             optional; what it leaves out is inferred:
         fps, unit ("metre"), splits {"train": [clip names], "val": ..., "test": ...},
         triangles [[vertex, vertex, vertex], ...], colours [[red, green, blue], ...] in 0..1,
         lips [vertices], upper_face [vertices], lip_gap [upper, lower vertex of the inner lips],
+        eye_gap [upper, lower vertex of the lids], brow [vertex], to count blinks and brow raises,
         frame_stride (2 reads every second frame)
 
 Motion is vertices - template. Frame t covers the time from t / fps to (t + 1) / fps and shows the
@@ -17,6 +19,7 @@ face at its middle. Without a folder, support/speakers.py makes a synthetic data
 """
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,8 @@ class Faces:
     lips: list                      # vertices
     upper_face: list                # vertices
     lip_gap: list | None            # vertices of the inner lips: upper, lower
+    eye_gap: list | None = None     # vertices of the lids of one eye: upper, lower
+    brow: list | None = None        # one vertex
     scale: float = 1.0              # motion is divided by it: its root mean square in training
     most_active_channel: int = 0    # stands for the lip gap where there is none
     padding: int = 0                # zero channels that were added to make V*3
@@ -138,7 +143,8 @@ class DataSet(Faces):
             if regions[name] is None:
                 regions[name] = np.arange(vertices)
                 self.warnings.append(f"{name}: not in dataset.json, so all {vertices} vertices")
-        lip_gap = vertex_list(description, "lip_gap", (2,), vertices)
+        for name, count in (("lip_gap", 2), ("eye_gap", 2), ("brow", 1)):
+            regions[name] = vertex_list(description, name, (count,), vertices)
         colours = description.get("colours")
         if colours is not None:
             colours = np.array(colours, np.float32)
@@ -148,8 +154,7 @@ class DataSet(Faces):
         super().__init__(
             fps, description.get("unit"), list(subjects), self.templates,
             vertex_list(description, "triangles", (-1, 3), vertices), colours,
-            regions["lips"].tolist(), regions["upper_face"].tolist(),
-            None if lip_gap is None else lip_gap.tolist())
+            **{name: None if array is None else array.tolist() for name, array in regions.items()})
         stored = open_npy(self.folder / "vertices_npy" / f"{clips[0].name}.npy")
         self.padding = self.channels - stored[0].size
 
@@ -270,8 +275,33 @@ class DataSet(Faces):
         path = self.folder / "phones" / f"{clip.name}.tsv"
         if not path.exists():
             return None
-        lines = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
-        return [(float(start), float(end), phone) for start, end, phone in lines]
+        try:
+            lines = [line.split("\t") for line in path.read_text("utf-8-sig").splitlines()]
+            return [(float(start), float(end), phone) for start, end, phone in lines]
+        except ValueError as error:
+            raise ValueError(f"{path}: lines of start s, end s, phone expected, with tabs between "
+                             f"them ({error})") from None
+
+    @cached_property
+    def phone_names(self):
+        """The phones of the training split, sorted; [] unless all its clips have them."""
+        segments = [self.phones(clip) for clip in self.splits["train"]]
+        if not all(segments):
+            return []
+        return sorted({phone for clip_segments in segments for _, _, phone in clip_segments})
+
+    def phone_classes(self, clip):
+        """The phone at the centre of each frame, as its place in phone_names: (T,) int64 tensor.
+
+        All 0 if there are no phones, so that there is one class, and nothing to be learnt.
+        """
+        if not self.phone_names:
+            return torch.zeros(clip.frames, dtype=torch.long)
+        segments = self.phones(clip)
+        centres = (np.arange(clip.frames) + 0.5) / self.fps                 # s
+        ends = [end for _, end, _ in segments]
+        at = np.searchsorted(ends, centres, side="right").clip(max=len(segments) - 1)
+        return torch.tensor([self.phone_names.index(segments[i][2]) for i in at])
 
     def audio_features(self, clip, model, start=0, stop=None):
         """model.preprocess_audio() of a clip, frames start ... stop; computed once, then cached."""

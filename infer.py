@@ -37,7 +37,7 @@ parser.add_argument("--seed", type=number(0, 2 ** 32, int), default=0,
                     help="another seed gives another animation for the same speech (%(default)s)")
 parser.add_argument("--temperature", type=number(0, 2),
                     help="for sampling codes: 0 takes the most likely, 1 samples as in the "
-                         "training data (default: the model's, 0.8)")
+                         "training data (default: the model's, 1)")
 parser.add_argument("--ar", default="runs/ar/best.pt", help="checkpoint of stage 2 (%(default)s)")
 parser.add_argument("--preset", choices=["small", "vocaset", "biwi"], default="small",
                     help="as in training; --released needs none (%(default)s)")

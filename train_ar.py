@@ -32,6 +32,9 @@ parser.add_argument("--preset", choices=["small", "vocaset", "biwi"], default="s
 parser.add_argument("--wav2vec2", help="for the published models: pytorch_model.bin of "
                                        "facebook/wav2vec2-base-960h")
 parser.add_argument("--vq", default="runs/vq/best.pt", help="checkpoint of stage 1 (%(default)s)")
+parser.add_argument("--init-audio", metavar="CHECKPOINT",
+                    help="start from the audio encoder of another stage 2, such as the synthetic "
+                         "data set's runs/ar/best.pt, which has learnt phones")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (%(default)s)")
 parser.add_argument("--steps", type=positive, default=2000, help="training steps (%(default)s)")
 parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
@@ -41,9 +44,9 @@ parser.add_argument("--seq-len", type=positive, default=80,
 parser.add_argument("--lr", type=number(1e-9, 1), default=2e-3,
                     help="initial learning rate (%(default)s)")
 parser.add_argument("--halve-lr-every", type=positive, default=400, help="steps (%(default)s)")
-parser.add_argument("--sampling-prob", type=number(0, 1), default=0.4,
-                    help="scheduled sampling: share of past frames that are the model's own "
-                         "predictions in training (%(default)s)")
+parser.add_argument("--sampling-prob", type=number(0, 1), default=0.8,
+                    help="scheduled sampling: in half of the training sequences, this share of "
+                         "past frames is the model's own (%(default)s)")
 parser.add_argument("--eval-every", type=positive, default=500,
                     help="steps between evaluations (%(default)s)")
 parser.add_argument("--log-every", type=positive, default=50,
@@ -73,10 +76,14 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         sizes = {}
         if args.preset != "small":
             sizes = published.ar_sizes(args.preset, args.wav2vec2, data.fps)
-        config = ar_class.Config(styles=len(data.subjects), period=round(data.fps), **sizes)
+        config = ar_class.Config(styles=len(data.subjects), phones=max(1, len(data.phone_names)),
+                                 period=round(data.fps), **sizes)
         model = ar_class(config, autoencoder).to(device)
         if args.preset != "small":
             published.load_wav2vec2(model, args.wav2vec2)
+        if args.init_audio:
+            other, _ = load(args.init_audio, "ar", device, classes)
+            model.audio_encoder.load_state_dict(other.audio_encoder.state_dict())
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=device != "cpu")
     step, log, best = 0, [], float("inf")
@@ -89,6 +96,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     check_writable(out)
     data.load_motion(data.splits["train"] + data.splits["val"], device)
     styles = {subject: data.style(subject).to(device) for subject in data.subjects}
+    phones = {clip.name: data.phone_classes(clip).to(device) for clip in data.splits["train"]}
     codes = {}                              # of each clip, (T, H); only once: stage 1 is frozen
     with torch.no_grad():
         for clip in progress(data.splits["train"], "codes and audio features"):
@@ -106,13 +114,14 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         motion = torch.stack([data.motion(*crop) for crop in crops])
         code_batch = torch.stack([codes[clip.name][a:b] for clip, a, b in crops])
         audio = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])
+        phone_batch = torch.stack([phones[clip.name][a:b] for clip, a, b in crops])
         style = torch.stack([styles[clip.subject] for clip, _, _ in crops])
         if args.preset == "small":
             audio = perturb_vocal_tract(audio)
 
         # 3. forward, backward, step
         model.train()
-        losses = model(audio, style, code_batch, motion, args.sampling_prob)
+        losses = model(audio, style, code_batch, motion, phone_batch, args.sampling_prob)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)

@@ -123,8 +123,8 @@ def training_state(optimiser, step, log, best, args, data):
     return state
 
 
-FREE_FLAGS = {"data", "vq", "wav2vec2", "out", "steps", "eval_every", "log_every", "device",
-              "resume"}      # they may differ when a run is resumed
+FREE_FLAGS = {"data", "vq", "wav2vec2", "init_audio", "out", "steps", "eval_every", "log_every",
+              "device", "resume"}       # they may differ when a run is resumed
 
 
 def resume_training(checkpoint, optimiser, args):

@@ -27,6 +27,11 @@ METRIC_NAMES = {
     "variance_ratio": "variance of motion, generated / ground truth",
     "upper_variance_ratio": "the same, upper face",
     "upper_wasserstein": "distance of upper-face distributions, std",
+    "tremble": "acceleration of the upper face (median), generated / ground truth",
+    "blinks": "blinks a minute",
+    "blinks_gt": "the same, ground truth",
+    "brow_raises": "brow raises a minute",
+    "brow_raises_gt": "the same, ground truth",
     "codes_used": "codes used",
     "perplexity": "perplexity of the codes"}
 
@@ -77,6 +82,52 @@ def wasserstein(pred, gt):
     return float(np.mean(distances))
 
 
+def count_rises(curve, threshold):
+    """How often a curve (T,) rises above a threshold, having been below half of it before."""
+    rises = 0
+    is_low = True
+    for value in curve:
+        if is_low and value > threshold:
+            rises += 1
+            is_low = False
+        elif value < threshold / 2:
+            is_low = True
+    return rises
+
+
+def upper_face_metrics(data, clips, preds):
+    """How alive the upper face is; preds: vertices (T, V, 3) of each clip -> a dict.
+
+        tremble             median over frames of the acceleration, pred / gt: in most frames a real
+                            upper face is nearly still
+        blinks, blinks_gt   a minute; the lids are closer than half their usual distance
+        brow_raises, brow_raises_gt     a minute; the brow is 3 mm above its median
+    """
+    rates = {}
+    minutes = sum(clip.frames for clip in clips) / data.fps / 60
+    gts = [data.frames(clip) for clip in clips]
+    for suffix, faces in (("", preds), ("_gt", gts)):
+        accelerations, blinks, brow_raises = [], [], []
+        for clip, vertices in zip(clips, faces):
+            second_difference = np.diff(vertices[:, data.upper_face], n=2, axis=0)
+            acceleration = np.linalg.norm(second_difference, axis=-1).mean(axis=1)      # (T - 2,)
+            accelerations.append(np.median(acceleration) if len(acceleration) else 0.0)
+            if data.eye_gap:
+                upper, lower = data.eye_gap
+                gap = np.linalg.norm(vertices[:, upper] - vertices[:, lower], axis=1)
+                blinks.append(count_rises(1 - gap / np.median(gap), threshold=0.5))
+            if data.brow and data.to_mm:
+                height = data.to_mm * vertices[:, data.brow[0], 1]                      # y is up
+                brow_raises.append(count_rises(height - np.median(height), threshold=3.0))
+        rates["tremble" + suffix] = float(np.mean(accelerations))
+        if blinks:
+            rates["blinks" + suffix] = sum(blinks) / minutes
+        if brow_raises:
+            rates["brow_raises" + suffix] = sum(brow_raises) / minutes
+    rates["tremble"] /= max(rates.pop("tremble_gt"), 1e-12)
+    return rates
+
+
 def perplexity(counts):
     """exp(entropy) of code counts (N,): as varied as this number of codes in equal use."""
     p = counts[counts > 0] / counts.sum()
@@ -101,6 +152,7 @@ def compute_metrics(data, clips, motions):
         fdd, fdd_abs            mean over clips, signed (positive: too little motion) and absolute
         variance_ratio, upper_variance_ratio    motion variance, pred / gt
         upper_wasserstein       distance of the upper face's distributions
+        and those of upper_face_metrics()
     """
     unit = (data.to_mm or 1.0) ** 2
     lve, lve_wrong_audio, gap_correlation, fdd = [], [], [], []
@@ -140,7 +192,8 @@ def compute_metrics(data, clips, motions):
             "fdd": float(np.mean(fdd)), "fdd_abs": float(np.abs(fdd).mean()),
             "variance_ratio": float(sums[0] / sums[1]),
             "upper_variance_ratio": float(upper_sums[0] / upper_sums[1]),
-            "upper_wasserstein": wasserstein(upper_pred, upper_gt)}
+            "upper_wasserstein": wasserstein(upper_pred, upper_gt),
+            **upper_face_metrics(data, clips, preds)}
 
 
 def usage_metrics(codes, codebook_size):

@@ -270,6 +270,7 @@ class PaperCodeTalker(CodeTalker):
         super().__init__(config, autoencoder)
         self.audio_encoder = Wav2Vec2(**config.wav2vec2)
         self.audio_map = nn.Linear(config.wav2vec2["dim"], config.dim)
+        del self.phone_head                 # wav2vec 2.0 has learnt from speech before  [phones]
         self.in_proj = nn.Linear(autoencoder.config.vertices * 3, config.dim)       # [history]
         nn.init.normal_(self.style)
         self.layers = nn.ModuleList(PaperDecoderLayer(config) for _ in range(config.layers))
@@ -315,7 +316,7 @@ class PaperCodeTalker(CodeTalker):
                              f"distribution over codes, found {temperature:g}")
         return super().sample(logits, temperature)
 
-    def forward(self, features, style, codes, motion, sampling_prob=0.0):
+    def forward(self, features, style, codes, motion, phones=None, sampling_prob=0.0):
         """Teacher forcing with the motion of past frames -> the losses "code", "motion", a dict"""
         if sampling_prob != 0:
             raise ValueError("--sampling-prob: 0 expected, as the published models are trained "

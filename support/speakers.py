@@ -844,6 +844,9 @@ def write_data_set(folder, seed, progress):
         templates[subject] = make_subject(seed, subject).template.astype(np.float32)
     (folder / "templates.pkl").write_bytes(pickle.dumps(templates))
     face = build_face()
+    upper_lid = face.lids[0, 4, 4]                      # the margin's middle, left eye
+    lower_lid = face.lids[0, 4, 12]
+    brow_motion = face.deltas[BLENDSHAPES.index("brow_left")]           # (V, 3)
     description = {
         "name": "synthetic speakers",
         "seed": seed,
@@ -855,6 +858,8 @@ def write_data_set(folder, seed, progress):
         "lips": face.lips.tolist(),
         "upper_face": face.upper_face.tolist(),
         "lip_gap": face.lip_gap.tolist(),
+        "eye_gap": [int(upper_lid), int(lower_lid)],
+        "brow": [int(np.square(brow_motion).sum(axis=1).argmax())],
     }
     (folder / "dataset.json").write_text(json.dumps(description))
 

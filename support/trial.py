@@ -38,13 +38,14 @@ class VertexRegressor(CodeTalker):
     sample = decode
     code_vectors = decode
 
-    def forward(self, mel, style, codes, motion, sampling_prob=0.0):
+    def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
         audio = self.encode_audio(mel)
         with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
             own_motion = self.predict(motion.roll(1, dims=0), style, audio)
         use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
         past = torch.where(use_own[..., None], own_motion, motion)
-        return {"motion": F.mse_loss(self.predict(past, style, audio), motion)}
+        return {"motion": F.mse_loss(self.predict(past, style, audio), motion),
+                "phone": self.phone_loss(audio, phones)}
 
 
 class IndexClassifier(CodeTalker):

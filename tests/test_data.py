@@ -74,7 +74,7 @@ def small_set(faces, to_mm=None):
     is the lips, vertex 1 the upper face."""
     clips = [data.Clip(f"ada_{i}", "ada", len(face)) for i, face in enumerate(faces)]
     return clips, SimpleNamespace(
-        to_mm=to_mm, lips=[0], upper_face=[1], templates={"ada": np.zeros(6)},
+        to_mm=to_mm, fps=30, lips=[0], upper_face=[1], eye_gap=None, brow=None, templates={"ada": np.zeros(6)},
         vertices=lambda motion, subject: motion, lip_gap_curve=lambda vertices: vertices[:, 0, 1],
         frames=lambda clip: faces[int(clip.name[-1])])
 
@@ -109,6 +109,27 @@ def test_metrics_of_the_ground_truth_are_perfect(dataset):
     assert result["lve"] == pytest.approx(0, abs=1e-6)
     assert result["variance_ratio"] == pytest.approx(1, abs=1e-4)
     assert result["lve_wrong_audio"] > 1                            # mm2
+    assert result["tremble"] == pytest.approx(1, rel=1e-3)
+    for event in ("blinks", "brow_raises"):                         # a minute
+        assert 2 < result[event] < 100 and result[event] == result[event + "_gt"], event
+
+
+def test_a_rise_counts_once_until_the_curve_is_low_again():
+    """Above 1: the 2, not the 3, as 0.6 is not below half of 1; the 5, after 0.4; the first 2."""
+    assert metrics.count_rises(np.array([2, 0, 2, 0.6, 3, 0.4, 5]), threshold=1) == 3
+    assert metrics.count_rises(np.array([0, 1, 0.9]), threshold=1) == 0
+
+
+def test_tremble_is_the_acceleration_of_the_upper_face_in_most_frames():
+    """The upper face jumps by 1 in one frame of ten in both; half its noise is half the tremble."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(100, 1, 3))
+    jumps = (np.arange(100) % 20 < 10)[:, None, None] * [1000.0, 0, 0]
+    gt = np.concatenate([noise, noise + jumps], axis=1)             # (T, 2, 3)
+    pred = np.concatenate([noise, 0.5 * noise + jumps], axis=1)
+    clips, dataset = small_set([gt])
+    result = metrics.upper_face_metrics(dataset, clips, [pred])
+    assert result["tremble"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_metrics_over_styles_are_means(dataset, monkeypatch):
@@ -208,6 +229,22 @@ def test_what_dataset_json_leaves_out_is_inferred(folder):
     assert len(dataset.warnings) == 6
 
 
+def test_a_frame_has_the_phone_at_its_centre(folder):
+    """At 30 fps the centres are 1/60, 3/60, 5/60 ... s; the last phone goes on to the end."""
+    dataset = data.open_data(folder)
+    clip = dataset.splits["train"][0]
+    path = folder / "phones" / f"{clip.name}.tsv"
+    path.write_text("0\t0.04\tSIL\n0.04\t0.06\tM\n0.06\t0.07\tAA\n")
+    names = [dataset.phone_names[i] for i in dataset.phone_classes(clip)]
+    assert names == ["SIL", "M"] + (clip.frames - 2) * ["AA"]
+    path.write_text("0 0.04 SIL")
+    with pytest.raises(ValueError, match=f"{clip.name}.tsv: lines of start s, end s, phone"):
+        dataset.phone_classes(clip)
+    path.unlink()                                   # one clip without: no phones at all
+    dataset = data.open_data(folder)
+    assert dataset.phone_names == [] and not dataset.phone_classes(clip).any()
+
+
 def test_motion_and_vertices_are_inverse(dataset):
     clip = dataset.splits["train"][0]
     motion = dataset.motion(clip, 3, 9)
@@ -226,7 +263,8 @@ def test_blendshapes_are_padded_to_a_multiple_of_three(folder):
         np.save(path, np.load(path)[:, :7])
     templates = {name: np.zeros(7) for name in ("ada", "ben", "cleo", "dan")}
     (folder / "templates.pkl").write_bytes(pickle.dumps(templates))
-    describe(folder, triangles=None, colours=None, lips=None, upper_face=None, lip_gap=None)
+    describe(folder, triangles=None, colours=None, lips=None, upper_face=None, lip_gap=None,
+             eye_gap=None, brow=None)
     dataset = data.open_data(folder)
     assert dataset.channels == 9 and dataset.padding == 2
 
