@@ -1,0 +1,106 @@
+"""
+Sound as people bring it: any kind of file, channels that cancel; and the sample recording.
+"""
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from scipy.io import wavfile
+
+from conftest import ROOT
+from support import speakers
+from support.files import read_audio
+
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="no ffmpeg")
+TIME = np.arange(16_000) / 16_000
+TONE = (0.5 * np.sin(2 * np.pi * 440 * TIME) * np.sin(3 * TIME)).astype(np.float32)
+
+
+def write_wav(path, samples=TONE):
+    wavfile.write(path, 16_000, np.round(samples * 32_767).astype(np.int16))
+
+
+def correlation(audio):
+    """With TONE, which a coder may have delayed by up to 0.1 s."""
+    spectrum = np.fft.rfft(audio, 40_000) * np.fft.rfft(TONE, 40_000).conj()
+    best = np.abs(np.fft.irfft(spectrum)).max()
+    return best / np.sqrt(np.square(audio).sum() * np.square(TONE).sum())
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name, options", [
+    ("a.mp3", ""),
+    ("a.m4a", ""),
+    ("a.flac", ""),
+    ("a.ogg", "-c:a libvorbis"),
+    ("mulaw.wav", "-c:a pcm_mulaw"),
+    ("stereo 44.1.m4a", "-ac 2 -ar 44100"),
+    ("really_m4a.wav", "-f ipod"),
+    ("zero_sizes.wav", "-f wav pipe:1"),                # as a program writes that cannot seek
+    ("film.mp4", "-f lavfi -i color=s=64x64:d=1 -shortest"),
+    ("-begins with a dash.mp3", ""),
+    ("a:b 100%d 'q' \"x\" ü.mp3", ""),
+])
+def test_read_audio_decodes(tmp_path, monkeypatch, name, options):
+    write_wav(tmp_path / "source.wav")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    target = [] if "pipe:1" in options else [str(tmp_path / "in" / name)]
+    options = shlex.split(options)
+    made = subprocess.run(["ffmpeg", "-v", "error", "-i", "source.wav", *options, *target],
+                          stdout=subprocess.PIPE, check=True).stdout
+    if made:
+        data = made.index(b"data")
+        made = made[:4] + bytes(4) + made[8:data + 4] + bytes(4) + made[data + 8:]
+        (tmp_path / "in" / name).write_bytes(made)
+    monkeypatch.chdir(tmp_path / "in")
+    audio = read_audio(name)                            # a relative path
+    assert audio.dtype == np.float32 and len(audio) == pytest.approx(16_000, abs=2_000)
+    assert correlation(audio) > 0.99
+    assert [path.name for path in (tmp_path / "in").iterdir()] == [name]        # nothing beside it
+
+
+@pytest.mark.parametrize("name, content, ffmpeg, message", [
+    ("none.wav", None, True, "no such file"),
+    ("text.mp3", b"hello", True, "ffmpeg finds none"),
+    ("empty.wav", b"", True, "ffmpeg finds none"),
+    ("speech.wav", b"RIFF1234", False, "needs ffmpeg"),
+    ("-it's \"me\".mp3", b"ID3", False, "needs ffmpeg"),
+])
+def test_read_audio_refuses_in_a_line(tmp_path, monkeypatch, name, content, ffmpeg, message):
+    """Without ffmpeg the line ends in a command that a shell takes, with another file as output."""
+    if ffmpeg and content is not None and not shutil.which("ffmpeg"):
+        pytest.skip("no ffmpeg")
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    if not ffmpeg:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        read_audio(path)
+    assert "\n" not in str(error.value) and "variable" not in str(error.value)
+    if not ffmpeg:
+        command = shlex.split(str(error.value).partition("elsewhere: ")[2])
+        assert command == ["ffmpeg", "-i", str(path), str(tmp_path / f"{path.stem}_16k.wav")]
+
+
+@pytest.mark.parametrize("right, expected", [
+    (-1.0, 1.0),            # the mix is silent: one channel
+    (-0.9, 1.0),            # 26 dB below the left one
+    (-0.5, 0.25),           # 12 dB below: the mix
+    (0.0, 0.5),
+    (1.0, 1.0),
+])
+def test_read_audio_takes_one_channel_where_two_cancel(tmp_path, right, expected):
+    write_wav(tmp_path / "a.wav", np.stack([TONE, right * TONE], axis=1))
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav"), expected * TONE, atol=1e-3)
+
+
+def test_the_sample_is_made_by_this_project():
+    """After a change of the voice: `cp speakers/wav/liam_sentence87.wav notebooks/hello.wav`"""
+    rate, samples = wavfile.read(ROOT / "notebooks" / "hello.wav")
+    audio, *_ = speakers.make_clip(0, "liam", 87)
+    assert rate == 16_000 and samples.nbytes < 80_000
+    np.testing.assert_allclose(samples / 32_767, audio, atol=1e-3)
