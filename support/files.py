@@ -95,6 +95,8 @@ def read_audio(path):
         try:
             rate, audio = wavfile.read(path)
         except Exception:                           # scipy raises many kinds
+            audio = np.empty(0)
+        if audio.size == 0:                             # also where a header's size says 0
             rate, audio = wavfile.read(decode(path))
     if audio.size == 0 or not 1000 <= rate <= 384_000:
         raise ValueError(f"{path}: sound at 1,000 to 384,000 Hz expected, found {audio.size} "
@@ -126,6 +128,7 @@ def decode(path):
     done = subprocess.run([*command, "-f", "wav", "-"], capture_output=True)
     if done.returncode or not done.stdout:
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = reason.removeprefix(f"{path}: ")
         raise ValueError(f"{path}: sound expected, ffmpeg finds none ({reason})")
     return io.BytesIO(done.stdout)
 

@@ -39,6 +39,7 @@ def correlation(audio):
     ("stereo 44.1.m4a", "-ac 2 -ar 44100"),
     ("really_m4a.wav", "-f ipod"),
     ("zero_sizes.wav", "-f wav pipe:1"),                # as a program writes that cannot seek
+    ("zero_data_size.wav", "-f wav pipe:1"),
     ("film.mp4", "-f lavfi -i color=s=64x64:d=1 -shortest"),
     ("-begins with a dash.mp3", ""),
     ("a:b 100%d 'q' \"x\" ü.mp3", ""),
@@ -53,7 +54,8 @@ def test_read_audio_decodes(tmp_path, monkeypatch, name, options):
                           stdout=subprocess.PIPE, check=True).stdout
     if made:
         data = made.index(b"data")
-        made = made[:4] + bytes(4) + made[8:data + 4] + bytes(4) + made[data + 8:]
+        riff = made[:8] if name == "zero_data_size.wav" else made[:4] + bytes(4)
+        made = riff + made[8:data + 4] + bytes(4) + made[data + 8:]
         (tmp_path / "in" / name).write_bytes(made)
     monkeypatch.chdir(tmp_path / "in")
     audio = read_audio(name)                            # a relative path
@@ -66,6 +68,8 @@ def test_read_audio_decodes(tmp_path, monkeypatch, name, options):
     ("none.wav", None, True, "no such file"),
     ("text.mp3", b"hello", True, "ffmpeg finds none"),
     ("empty.wav", b"", True, "ffmpeg finds none"),
+    ("no_samples.wav", b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0"
+                       b"data\0\0\0\0", True, "found 0 samples"),
     ("speech.wav", b"RIFF1234", False, "needs ffmpeg"),
     ("-it's \"me\".mp3", b"ID3", False, "needs ffmpeg"),
 ])
