@@ -1,5 +1,5 @@
 """
-Sound as people bring it: any kind of file, channels that cancel; and the sample recording.
+Sound as people bring it: any kind of file, channels that cancel, noise in pauses; and the sample.
 """
 import shlex
 import shutil
@@ -7,8 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from scipy.io import wavfile
 
+from codetalker import log_mel
 from conftest import ROOT
 from support import speakers
 from support.files import read_audio
@@ -108,3 +110,68 @@ def test_the_sample_is_made_by_this_project():
     audio, *_ = speakers.make_clip(0, "liam", 87)
     assert rate == 16_000 and samples.nbytes < 80_000
     np.testing.assert_allclose(samples / 32_767, audio, atol=1e-3)
+
+
+# ---------- noise
+
+
+def make_noise(samples, slope, seed=0):
+    """Noise of variance 1 whose amplitude falls as 1 / f^slope: white 0, pink 0.5, brown 1"""
+    hertz = np.fft.rfftfreq(samples, 1 / 16_000).clip(60)
+    white = np.random.default_rng(seed).standard_normal(samples)
+    noise = np.fft.irfft(np.fft.rfft(white) * hertz ** -slope, samples)
+    return noise / noise.std()
+
+
+def features(audio):
+    return log_mel(torch.tensor(audio), 30, len(audio) * 30 // 16_000, 64)
+
+
+@pytest.mark.parametrize("slope", [0, 0.5, 1])
+@pytest.mark.parametrize("seconds", [0.5, 0.9, 3])
+def test_noise_alone_is_silence(seconds, slope):
+    """Silence is 25 dB below speech, or less. A cut recording may click at its ends."""
+    noise = 0.001 * make_noise(int(16_000 * seconds), slope)
+    assert features(noise).max() <= -2.5
+    noise[60] = 0.5
+    assert features(noise)[30:].max() <= -2.5
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """A sentence without its pauses at the ends, of variance 1; and twice, with 1 s between"""
+    audio, _, segments, _ = speakers.make_clip(0, "liam", 87)
+    audio = audio[int(16_000 * segments[0][1]):int(16_000 * segments[-1][0])]
+    audio = audio / audio.std()
+    return audio, np.concatenate([audio, np.zeros(16_000), audio])
+
+
+@pytest.mark.parametrize("slope", [0, 0.5, 1])
+@pytest.mark.parametrize("throughout", [True, False])
+@pytest.mark.parametrize("decibels", [15, 20, 30])
+def test_noise_in_a_pause_is_silence(speech, decibels, throughout, slope):
+    audio, paused = speech
+    noise = make_noise(len(paused), slope) * 10 ** (-decibels / 20)
+    pause = slice(len(audio), len(audio) + 16_000)
+    if not throughout:
+        noise[:pause.start] = noise[pause.stop:] = 0
+    steps = slice(int(pause.start * 120 / 16_000) + 8, int(pause.stop * 120 / 16_000) - 8)
+    assert features(0.05 * (paused + noise))[steps].max() <= -2.4
+
+
+@pytest.mark.parametrize("slope", [0, 0.5])
+def test_noise_20_dB_below_speech_changes_little(speech, slope):
+    """Subtracting it keeps loud steps within 4 dB of the clean ones; else they differ by 5."""
+    audio, _ = speech
+    clean = features(0.05 * audio)
+    noisy = features(0.05 * (audio + 0.1 * make_noise(len(audio), slope)))
+    loud = clean.mean(dim=1) > 0
+    assert (clean - noisy)[loud].abs().mean() < 0.42
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1])
+def test_a_held_vowel_between_pauses_is_speech(seconds):
+    samples = int(16_000 * seconds)
+    vowel = sum(np.sin(2 * np.pi * 120 * k * np.arange(samples) / 16_000) / k for k in range(1, 40))
+    audio = np.concatenate([np.zeros(8_000), 0.1 * vowel, np.zeros(8_000)])
+    assert features(audio)[64:60 + int(120 * seconds) - 4].mean() > -0.5
