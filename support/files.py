@@ -4,9 +4,14 @@ Reading the files that people bring: sound, arrays, pickles, descriptions, meshe
 Every function raises ValueError, in one line, for a file that it cannot read: where, what was
 expected, what was found, what to do. Nothing in a file is ever run.
 """
+import io
 import json
 import math
+import os
 import pickle
+import shlex
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -81,16 +86,18 @@ def check_finite(array, where):
 
 
 def read_audio(path):
-    """A PCM or float wav, any rate and channels -> mono float32 (samples,) in [-1, 1], 16 kHz."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)     # chunks that are not audio
+    """A recording, any rate and channels -> mono float32 (samples,) in [-1, 1], 16 kHz. What is no
+    PCM or float wav, such as mp3, m4a or a video, is decoded by ffmpeg."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; a recording expected")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", wavfile.WavFileWarning)     # chunks that are not audio
+        try:
             rate, audio = wavfile.read(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; --wav takes the path of a wav file") from None
-    except Exception as error:
-        raise ValueError(f"{path}: a PCM or float wav expected ({error}); convert it with "
-                         f"`ffmpeg -i \"{path}\" speech_16k.wav`") from None
+        except Exception:                           # scipy raises many kinds
+            audio = np.empty(0)
+        if audio.size == 0:                             # also where a header's size says 0
+            rate, audio = wavfile.read(decode(path))
     if audio.size == 0 or not 1000 <= rate <= 384_000:
         raise ValueError(f"{path}: sound at 1,000 to 384,000 Hz expected, found {audio.size} "
                          f"samples at {rate} Hz")
@@ -98,11 +105,32 @@ def read_audio(path):
         audio = (audio.astype(np.float32) - 128) / 128
     elif audio.dtype.kind == "i":
         audio = audio / -float(np.iinfo(audio.dtype).min)
-    audio = audio.reshape(len(audio), -1).mean(axis=1)                  # channels -> one
+    audio = audio.reshape(len(audio), -1)           # (samples, channels)
     check_finite(audio, path)
+    mono = audio.mean(axis=1)
+    strength = audio.std(axis=0)
+    if mono.std() < 0.1 * strength.max():           # the channels cancel each other: take one
+        mono = audio[:, strength.argmax()]
     divisor = math.gcd(rate, SAMPLE_RATE)
-    audio = signal.resample_poly(audio, SAMPLE_RATE // divisor, rate // divisor)
-    return audio.astype(np.float32)
+    mono = signal.resample_poly(mono, SAMPLE_RATE // divisor, rate // divisor)
+    return mono.astype(np.float32)
+
+
+def decode(path):
+    """The sound of any file that ffmpeg reads, as a float wav in memory."""
+    path = Path(path).absolute()                    # no name then looks like a flag or an address
+    if not shutil.which("ffmpeg"):
+        command = ["ffmpeg", "-i", str(path), str(path.with_name(f"{path.stem}_16k.wav"))]
+        text = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+        raise ValueError(f"{path}: a PCM or float wav expected; other sound needs ffmpeg: install "
+                         f"it, or convert the file elsewhere: {text}")
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-i", path, "-vn", "-c:a", "pcm_f32le"]
+    done = subprocess.run([*command, "-f", "wav", "-"], capture_output=True)
+    if done.returncode or not done.stdout:
+        reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        reason = reason.removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: sound expected, ffmpeg finds none ({reason})")
+    return io.BytesIO(done.stdout)
 
 
 def read_description(folder):
