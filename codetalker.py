@@ -362,26 +362,28 @@ def log_mel(audio, fps, frames, bands):
     step = torch.arange(frames * STEPS_PER_FRAME)
     centre = ((step + 0.5) * SAMPLE_RATE / (fps * STEPS_PER_FRAME)).round().long()
 
-    # cut out a window of WIN_LENGTH samples around each centre; zeros beyond the recording's ends
-    missing = int(centre[-1]) + WIN_LENGTH - len(audio)
-    padded = F.pad(audio.float(), (WIN_LENGTH // 2, max(0, missing)))
-    start = centre                                          # as the left padding is half a window
-    windows = padded[start[:, None] + torch.arange(WIN_LENGTH)]         # (steps, WIN_LENGTH)
+    # Windows of WIN_LENGTH samples around each centre; zeros beyond the recording's ends. As half a
+    # window is padded on the left, the window around sample c starts at padded[c].
+    half = WIN_LENGTH // 2
+    missing = int(centre[-1]) + half - len(audio)
+    padded = F.pad(audio.float(), (half, max(0, missing)))
+    windows = padded[centre[:, None] + torch.arange(WIN_LENGTH)]        # (steps, WIN_LENGTH)
 
     windows = windows * torch.hann_window(WIN_LENGTH, periodic=False)
     spectrum = torch.fft.rfft(windows, N_FFT)                           # (steps, N_FFT/2 + 1)
     power = spectrum.abs().square() @ mel_filterbank(bands)             # (steps, bands)
-    floor = max(1e-8 * float(power.max()), 1e-10)
+    floor = max(1e-8 * float(power.max()), 1e-10)           # 80 dB below the loudest
     loudness = power.sum(dim=1)                             # (steps,)
     smooth = F.avg_pool2d(power[None], (5, 3), 1, padding=(2, 1), count_include_pad=False)[0]
     smooth = smooth.clamp(min=floor)                        # mean of 5 steps and 3 bands
     is_noise = find_noise(smooth.log10(), loudness, fps)
 
     # Subtract the noise below speech (Boll 1979): in each band 1.5 times the power that 19 steps of
-    # 20 exceed. A band falls by 15 dB at most.
-    noise = 1.5 * smooth.quantile(0.05, dim=0)              # (bands,)
-    gain = (1 - noise / smooth).clamp(min=0.03)
-    mel = (power * gain).clamp(min=floor).log10()
+    # 20 exceed. A band falls by 15 dB at most. Less than a second may have no step without speech.
+    if frames >= fps:
+        noise = 1.5 * smooth.kthvalue(1 + len(smooth) // 20, dim=0).values      # (bands,)
+        power = power * (1 - noise / smooth).clamp(min=0.03)
+    mel = power.clamp(min=floor).log10()
 
     # Subtract each band's mean over speech: the steps within 30 dB of the loudest, and 200 ms
     # around them. This removes loudness and the frequency response of microphone and room.
