@@ -4,6 +4,7 @@ Reading the files that people bring: sound, arrays, pickles, descriptions, meshe
 Every function raises ValueError, in one line, for a file that it cannot read: where, what was
 expected, what was found, what to do. Nothing in a file is ever run.
 """
+import io
 import json
 import math
 import pickle
@@ -15,6 +16,7 @@ from scipy import signal
 from scipy.io import wavfile
 
 from codetalker import SAMPLE_RATE
+from support import arkit
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -40,9 +42,22 @@ def load_arrays(path):
         raise ValueError(f"{path}: a pickle of numpy arrays expected ({error})") from None
 
 
-def read_templates(path):
-    """templates.pkl -> {subject: (V*3,) float32}"""
-    templates = load_arrays(path)
+def read_templates(path, channel_names=None):
+    """templates.pkl, or templates/SUBJECT.obj or .ply -> {subject: (V*3,) float32}
+
+    ARKit's weights need neither, they are 0 at rest. Their subjects are the beginnings of the
+    clips' names, up to an underscore or the number at the end.
+    """
+    meshes = find_files(path.with_suffix(""), ".obj", ".ply")
+    if path.exists() or not (meshes or channel_names):
+        templates = load_arrays(path)
+    elif meshes:
+        templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
+    else:
+        names = find_files(path.parent / "vertices_npy", ".csv")
+        subjects = [name.split("_")[0] if "_" in name else name.rstrip("0123456789")
+                    for name in names]
+        templates = dict.fromkeys(subjects, np.zeros(len(channel_names)))
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
     read = {}
@@ -53,6 +68,17 @@ def read_templates(path):
         read[str(subject)] = flatten(template[None])[0]
         check_finite(read[str(subject)], f"{path}: {subject}")
     return read
+
+
+def find_files(folder, *endings):
+    """{name without ending: path} of a folder's files with one of these endings, sorted."""
+    paths = sorted(Path(folder).glob("[!.]*"))      # a dot begins what macOS adds
+    return {path.stem: path for path in paths if path.suffix.lower() in endings}
+
+
+def open_motion(path):
+    """The motion of a clip, (frames, channels) or (frames, V, 3), from .npy or from ARKit's .csv"""
+    return arkit.read_csv(path) if path.suffix.lower() == ".csv" else open_npy(path)
 
 
 def open_npy(path):
@@ -125,23 +151,82 @@ def read_description(folder):
                 description[name] = [int(index) for index in text.split()]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if "triangles" not in description and (folder / "mesh.obj").exists():
-        description["triangles"] = read_triangles(folder / "mesh.obj")
+    meshes = [*folder.glob("mesh.obj"), *folder.glob("mesh.ply"),
+              *find_files(folder / "templates", ".obj", ".ply").values()]
+    if meshes and "triangles" not in description:
+        description["triangles"] = read_mesh(meshes[0])[1]
+    if find_files(folder / "vertices_npy", ".csv"):
+        description = arkit.DESCRIPTION | description
     return description
 
 
-def read_triangles(path):
-    """The triangles of an .obj mesh, [[vertex, vertex, vertex], ...] from 0; quads become two."""
-    triangles = []
+def read_mesh(path):
+    """An .obj or .ply -> vertices (V, 3) float32; triangles [[vertex, vertex, vertex], ...] from 0,
+    two for a quad."""
     try:
-        for line in Path(path).read_text("utf-8-sig").splitlines():
-            if line.startswith("f "):               # a corner is vertex, or vertex/texture/normal
-                corners = [int(corner.split("/")[0]) - 1 for corner in line.split()[1:]]
-                for i in range(1, len(corners) - 1):
-                    triangles.append([corners[0], corners[i], corners[i + 1]])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: an .obj mesh expected ({error})") from None
-    return triangles
+        content = Path(path).read_bytes()
+        vertices, polygons = (read_ply if content[:3] == b"ply" else read_obj)(content)
+        vertices = np.array(vertices, np.float32)
+    except (ValueError, LookupError, TypeError, StopIteration, OSError) as error:
+        raise ValueError(f"{path}: an .obj or .ply mesh expected ({error})") from None
+    triangles = []
+    for polygon in polygons:
+        corners = [int(corner) for corner in polygon]
+        for i in range(1, len(corners) - 1):
+            triangles.append([corners[0], corners[i], corners[i + 1]])
+    return vertices, triangles
+
+
+def read_obj(content):
+    """Bytes of an .obj -> [[x, y, z], ...], [[vertex, vertex, ...], ...] from 0"""
+    vertices, polygons = [], []
+    for line in content.decode("utf-8-sig", "replace").splitlines():
+        if line.startswith("v "):
+            vertices.append([float(word) for word in line.split()[1:4]])
+        elif line.startswith("f "):                 # a corner is vertex, or vertex/texture/normal
+            polygons.append([int(corner.split("/")[0]) - 1 for corner in line.split()[1:]])
+    return vertices, polygons
+
+
+# Where numpy calls it otherwise.
+PLY_TYPES = {"char": "i1", "uchar": "u1", "int": "i4", "uint": "u4", "float": "f4"}
+
+
+def read_ply(content):
+    """Bytes of a .ply, text or binary -> the same. Its header names elements, such as vertex, and
+    the numbers in each; a list begins with its length."""
+    header, _, body = content.partition(b"end_header")
+    body = body[body.index(b"\n") + 1:]
+    texts = iter(body.split())
+    stream = io.BytesIO(body)
+    order = None                                    # of a number's bytes; None: text
+    elements = []                                   # (name, count, properties)
+    for kind, *words in map(str.split, header.decode("ascii", "replace").splitlines()):
+        if kind == "format":
+            order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(words[0])
+        elif kind == "element":
+            elements.append((words[0], int(words[1]), []))
+        elif kind == "property":                    # type, name; or list, type, type, name
+            elements[-1][2].append(words)
+
+    def take(kind, count=1):
+        if order is None:
+            return [float(next(texts)) for _ in range(count)]
+        dtype = np.dtype(PLY_TYPES.get(kind, kind)).newbyteorder(order)
+        return np.frombuffer(stream.read(count * dtype.itemsize), dtype, count).tolist()
+
+    vertices, polygons = [], []
+    for name, count, properties in elements:
+        for _ in range(count):
+            row = {}
+            for *kinds, label in properties:
+                length = int(take(kinds[1])[0]) if kinds[0] == "list" else 1
+                row[label] = take(kinds[-1], length)
+            if name == "vertex":
+                vertices.append(row["x"] + row["y"] + row["z"])
+            elif name == "face":
+                polygons.append(row.get("vertex_indices") or row["vertex_index"])
+    return vertices, polygons
 
 
 def vertex_list(description, name, shape, vertices):
