@@ -7,6 +7,7 @@ Blendshape weights under ARKit's names, in the csv of Epic's app Live Link Face.
 The 52 weights are motion. Nine rotations of head and eyes are not read, and written as 0.
 """
 import csv
+import time
 
 import numpy as np
 from scipy.optimize import nnls
@@ -75,16 +76,14 @@ def write_csv(path, vertices, faces, subject):
     else:
         weights, residual = fit(vertices, faces.templates[subject].reshape(-1, 3))
         print(f"fitted to ARKit's blendshapes: {residual:.1%} of the motion's variance is left")
-    sixtieths = np.arange(frames) * 60 / faces.fps
-    seconds = sixtieths // 60
-    minutes = seconds // 60
-    columns = [minutes // 60, minutes % 60, seconds % 60, sixtieths % 60, weights]
-    row = "%02d:%02d:%02d:%06.3f,61"
-    row += len(NAMES) * ",%.6f"
-    row += len(ROTATIONS) * ",0.000000"
-    header = ",".join(["Timecode", "BlendShapeCount", *NAMES, *ROTATIONS])
+    lines = [",".join(["Timecode", "BlendShapeCount", *NAMES, *ROTATIONS])]
+    for t, row in enumerate(weights):
+        seconds, sixtieths = divmod(t * 60 / faces.fps, 60)
+        clock = time.strftime("%H:%M:%S", time.gmtime(seconds))
+        numbers = [f"{weight:.6f}" for weight in row] + ["0.000000"] * len(ROTATIONS)
+        lines.append(f"{clock}:{sixtieths:06.3f},61,{','.join(numbers)}")
     with atomic_write(path) as temporary:
-        np.savetxt(temporary, np.column_stack(columns), row, header=header, comments="")
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def fit(vertices, template):
@@ -107,9 +106,6 @@ def fit(vertices, template):
     weights = [nnls(shapes.T, frame)[0] for frame in motion]
     weights = np.clip(weights, 0, 1)                                    # (T, 14)
     residual = np.square(motion - weights @ shapes).mean()
-    named = np.zeros((len(NAMES), len(motion)))
-    for shape, weight in zip(BLENDSHAPES, weights.T):
-        for name in ARKIT_NAMES[shape].split():     # a name of two shapes takes the larger weight
-            row = NAMES.index(name)
-            named[row] = np.maximum(named[row], weight)
-    return named.T, residual / motion.var(axis=0).mean()
+    named = [[name in ARKIT_NAMES[shape].split() for name in NAMES] for shape in BLENDSHAPES]
+    weights = (weights[:, :, None] * np.array(named)).max(axis=1)       # (T, 14, 52) -> (T, 52)
+    return weights, residual / motion.var(axis=0).mean()

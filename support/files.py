@@ -8,6 +8,7 @@ import io
 import json
 import math
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -45,19 +46,16 @@ def load_arrays(path):
 def read_templates(path, channel_names=None):
     """templates.pkl, or templates/SUBJECT.obj or .ply -> {subject: (V*3,) float32}
 
-    ARKit's weights need neither, they are 0 at rest. Their subjects are the beginnings of the
-    clips' names, up to an underscore or the number at the end.
+    ARKit's weights are 0 at rest; a subject's name is the clip's, up to an underscore or number.
     """
     meshes = find_files(path.with_suffix(""), ".obj", ".ply")
-    if path.exists() or not (meshes or channel_names):
-        templates = load_arrays(path)
-    elif meshes:
-        templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
-    else:
-        names = find_files(path.parent / "vertices_npy", ".csv")
-        subjects = [name.split("_")[0] if "_" in name else name.rstrip("0123456789")
-                    for name in names]
+    templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
+    if channel_names:
+        clips = find_files(path.parent / "vertices_npy", ".csv")
+        subjects = [re.split(r"_|\d+$", clip)[0] for clip in clips]
         templates = dict.fromkeys(subjects, np.zeros(len(channel_names)))
+    if path.exists() or not templates:
+        templates = load_arrays(path)
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
     read = {}
@@ -151,8 +149,7 @@ def read_description(folder):
                 description[name] = [int(index) for index in text.split()]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    meshes = [*folder.glob("mesh.obj"), *folder.glob("mesh.ply"),
-              *find_files(folder / "templates", ".obj", ".ply").values()]
+    meshes = [*folder.glob("mesh.obj"), *find_files(folder / "templates", ".obj", ".ply").values()]
     if meshes and "triangles" not in description:
         description["triangles"] = read_mesh(meshes[0])[1]
     if find_files(folder / "vertices_npy", ".csv"):
@@ -161,20 +158,18 @@ def read_description(folder):
 
 
 def read_mesh(path):
-    """An .obj or .ply -> vertices (V, 3) float32; triangles [[vertex, vertex, vertex], ...] from 0,
-    two for a quad."""
+    """An .obj or .ply -> vertices (V, 3) float32; triangles [[vertex, vertex, vertex], ...] from 0;
+    quads become two."""
     try:
         content = Path(path).read_bytes()
-        vertices, polygons = (read_ply if content[:3] == b"ply" else read_obj)(content)
-        vertices = np.array(vertices, np.float32)
+        read = read_ply if content.startswith(b"ply") else read_obj
+        vertices, polygons = read(content)
+        triangles = []
+        for first, *others in polygons:
+            triangles += [[first, *pair] for pair in zip(others, others[1:])]
+        return np.array(vertices, np.float32), triangles
     except (ValueError, LookupError, TypeError, StopIteration, OSError) as error:
         raise ValueError(f"{path}: an .obj or .ply mesh expected ({error})") from None
-    triangles = []
-    for polygon in polygons:
-        corners = [int(corner) for corner in polygon]
-        for i in range(1, len(corners) - 1):
-            triangles.append([corners[0], corners[i], corners[i + 1]])
-    return vertices, triangles
 
 
 def read_obj(content):
@@ -193,40 +188,30 @@ PLY_TYPES = {"char": "i1", "uchar": "u1", "int": "i4", "uint": "u4", "float": "f
 
 
 def read_ply(content):
-    """Bytes of a .ply, text or binary -> the same. Its header names elements, such as vertex, and
-    the numbers in each; a list begins with its length."""
-    header, _, body = content.partition(b"end_header")
-    body = body[body.index(b"\n") + 1:]
-    texts = iter(body.split())
+    """Bytes of a .ply, text or binary -> the same. Its header names the properties of a vertex and
+    of a face; a list begins with its length."""
+    header, body = re.split(rb"end_header\r?\n", content, maxsplit=1)
+    words = iter(body.split())
     stream = io.BytesIO(body)
-    order = None                                    # of a number's bytes; None: text
-    elements = []                                   # (name, count, properties)
-    for kind, *words in map(str.split, header.decode("ascii", "replace").splitlines()):
-        if kind == "format":
-            order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(words[0])
-        elif kind == "element":
-            elements.append((words[0], int(words[1]), []))
-        elif kind == "property":                    # type, name; or list, type, type, name
-            elements[-1][2].append(words)
+    order = ">" if b"binary_big_endian" in header else "<"
 
-    def take(kind, count=1):
-        if order is None:
-            return [float(next(texts)) for _ in range(count)]
+    def take(kind):
+        if b"format ascii" in header:
+            return float(next(words))
         dtype = np.dtype(PLY_TYPES.get(kind, kind)).newbyteorder(order)
-        return np.frombuffer(stream.read(count * dtype.itemsize), dtype, count).tolist()
+        return np.frombuffer(stream.read(dtype.itemsize), dtype)[0]
 
-    vertices, polygons = [], []
-    for name, count, properties in elements:
-        for _ in range(count):
-            row = {}
-            for *kinds, label in properties:
-                length = int(take(kinds[1])[0]) if kinds[0] == "list" else 1
-                row[label] = take(kinds[-1], length)
-            if name == "vertex":
-                vertices.append(row["x"] + row["y"] + row["z"])
-            elif name == "face":
-                polygons.append(row.get("vertex_indices") or row["vertex_index"])
-    return vertices, polygons
+    rows = {}
+    for element in re.split(r"\nelement ", header.decode("ascii", "replace"))[1:]:
+        name, count = element.splitlines()[0].split()
+        properties = re.findall(r"^property (?:list (\w+) )?(\w+) (\w+)", element, re.MULTILINE)
+        rows[name] = [{} for _ in range(int(count))]
+        for row in rows[name]:
+            for length, kind, label in properties:
+                row[label] = [take(kind) for _ in range(int(take(length) if length else 1))]
+    vertices = [row["x"] + row["y"] + row["z"] for row in rows["vertex"]]
+    polygons = [row.get("vertex_indices") or row["vertex_index"] for row in rows.get("face", [])]
+    return vertices, [[int(corner) for corner in polygon] for polygon in polygons]
 
 
 def vertex_list(description, name, shape, vertices):
