@@ -4,8 +4,10 @@ Data sets: any folder in the layout of FaceFormer and CodeTalker, or the synthet
     python data.py check FOLDER         says in plain words what is wrong with a data set
 
     FOLDER/wav/SUBJECT_sentence01.wav               speech, any sample rate
-    FOLDER/vertices_npy/SUBJECT_sentence01.npy      vertices (frames, V*3); or blendshape weights
-    FOLDER/templates.pkl                            {subject: (V, 3)}, each subject's face at rest
+    FOLDER/vertices_npy/SUBJECT_sentence01.npy      vertices (frames, V*3); or blendshape weights;
+                                                    or .csv, ARKit's weights of Live Link Face
+    FOLDER/templates.pkl                            {subject: (V, 3)}, each subject's face at rest;
+                                                    or templates/SUBJECT.obj or .ply; not for .csv
     FOLDER/phones/SUBJECT_sentence01.tsv            optional: lines of start s, end s, phone
     FOLDER/dataset.json                             optional; what it leaves out is inferred:
         fps, unit ("metre"), splits {"train": [clip names], "val": ..., "test": ...},
@@ -29,8 +31,8 @@ import torch.nn.functional as F
 from codetalker import SAMPLE_RATE
 from support import speakers
 from support.command import ArgumentParser, free_memory, one_line_errors, progress
-from support.files import (check_finite, flatten, open_npy, read_audio, read_description,
-                           read_templates, some, vertex_list)
+from support.files import (check_finite, find_files, flatten, open_motion, read_audio,
+                           read_description, read_templates, some, vertex_list)
 
 SYNTHETIC = "speakers"      # folder of the synthetic data set
 
@@ -52,6 +54,7 @@ class Faces:
     lip_gap: list | None            # vertices of the inner lips: upper, lower
     eye_gap: list | None = None     # vertices of the lids of one eye: upper, lower
     brow: list | None = None        # one vertex
+    channel_names: list | None = None   # of blendshape weights in 0..1
     scale: float = 1.0              # motion is divided by it: its root mean square in training
     most_active_channel: int = 0    # stands for the lip gap where there is none
     padding: int = 0                # zero channels that were added to make V*3
@@ -67,6 +70,8 @@ class Faces:
     def vertices(self, motion, subject):
         """The model's motion (T, V*3) -> vertices (T, V, 3) float32 of a subject."""
         vertices = np.asarray(motion, np.float32) * self.scale + self.templates[subject]
+        if self.channel_names:
+            vertices = vertices.clip(0, 1)
         return vertices.reshape(len(vertices), -1, 3)
 
     def style(self, subject):
@@ -129,8 +134,10 @@ class DataSet(Faces):
             found = "no vertices_npy/" if self.folder.is_dir() else "no such folder"
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl "
                              f"expected, found {found}")
-        self.templates = read_templates(self.folder / "templates.pkl")
         description = read_description(self.folder)
+        channel_names = description.get("channel_names")
+        self.templates = read_templates(self.folder / "templates.pkl", channel_names)
+        self.motion_paths = find_files(self.folder / "vertices_npy", ".npy", ".csv")
         self.stride = int(description.get("frame_stride", 1))
         clips = self.find_clips()
         fps = float(description.get("fps") or self.infer_fps(clips))
@@ -154,18 +161,16 @@ class DataSet(Faces):
         super().__init__(
             fps, description.get("unit"), list(subjects), self.templates,
             vertex_list(description, "triangles", (-1, 3), vertices), colours,
+            channel_names=channel_names,
             **{name: None if array is None else array.tolist() for name, array in regions.items()})
-        stored = open_npy(self.folder / "vertices_npy" / f"{clips[0].name}.npy")
+        stored = open_motion(self.motion_paths[clips[0].name])
         self.padding = self.channels - stored[0].size
 
     def find_clips(self):
         """The clips that have motion and sound, sorted by name; all need a template of one size."""
         wavs = {path.stem: path for path in (self.folder / "wav").glob("*.[wW][aA][vV]")}
         clips = []
-        for path in sorted((self.folder / "vertices_npy").glob("*.npy")):
-            name = path.stem
-            if name.startswith("."):                # files that macOS adds
-                continue
+        for name, path in self.motion_paths.items():
             if name not in wavs:
                 self.warnings.append(f"{name}: motion without wav, left out")
                 continue
@@ -174,7 +179,7 @@ class DataSet(Faces):
                 raise ValueError(f"{self.folder}/templates.pkl: no template's name begins clip "
                                  f"{name}; there are {some(self.templates)}")
             subject = max(subjects, key=len)
-            array = open_npy(path)[::self.stride]
+            array = open_motion(path)[::self.stride]
             width = flatten(array[:1]).shape[1]
             if not width == self.templates[subject].size == self.channels:
                 raise ValueError(f"{path}: {self.channels} channels expected, as in the first "
@@ -231,14 +236,16 @@ class DataSet(Faces):
             raise ValueError(f"{self.folder}: motion expected, found a scale of {self.scale:.3g}")
         self.most_active_channel = int(square_sum.argmax())
         self.warnings.append(f"scale: motion is divided by {self.scale:.4g}, its root mean square")
-        if self.lip_gap is None:
+        if self.channel_names:
+            self.most_active_channel = self.channel_names.index("JawOpen")
+        elif self.lip_gap is None:
             self.warnings.append(f"lip_gap: not in dataset.json, so the most active channel, "
                                  f"{self.most_active_channel}")
 
     def read_frames(self, clip, start=None, stop=None):
         """Frames start ... stop of a clip, (T, V*3) float32."""
-        path = self.folder / "vertices_npy" / f"{clip.name}.npy"
-        frames = flatten(open_npy(path)[::self.stride][start:stop])
+        path = self.motion_paths[clip.name]
+        frames = flatten(open_motion(path)[::self.stride][start:stop])
         check_finite(frames, path)
         return frames
 

@@ -10,6 +10,7 @@ The ending of --out decides what is written:
     .mp4    video with sound (needs ffmpeg)         .gif    the same, silent
     .png    a contact sheet: three views, stills, the codes
     .glb    one animated file for Blender, Unreal, three.js
+    .csv    weights of ARKit's blendshapes, as Live Link Face records them
     .npy    vertices (T, V*3) float32, in the unit of the data
 """
 import argparse
@@ -21,7 +22,7 @@ import torch
 
 from codetalker import SAMPLE_RATE, CodeTalker, MotionAutoencoder, load
 from data import DataSet, Faces, open_data
-from support import view
+from support import arkit, view
 from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
                              progress)
 from support.files import check_finite, read_audio
@@ -50,7 +51,7 @@ parser.add_argument("--out", help="file to write (default: talk.html); with --te
 parser.add_argument("--test", action="store_true", help="evaluate on the test split")
 parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
-SUFFIXES = (".html", ".mp4", ".gif", ".png", ".glb", ".npy")
+SUFFIXES = (".html", ".mp4", ".gif", ".png", ".glb", ".csv", ".npy")
 CHUNK = 600                 # frames that are decoded at once
 OVERLAP = 60                # frames over which a chunk fades into the next
 
@@ -74,7 +75,10 @@ def main(args):
         model.config.temperature = args.temperature
     if args.test:
         return test(model, data, args)
-    if faces.triangles is None and out.suffix not in (".html", ".npy"):
+    if out.suffix == ".csv" and not arkit.can_write(faces):
+        raise ValueError(f"--out {out}: ARKit's weights come from a model of such weights, or of "
+                         "the synthetic face, found another mesh; use .glb or .npy")
+    if faces.triangles is None and out.suffix not in (".html", ".csv", ".npy"):
         raise ValueError(f"--out {out}: the data has no triangles to draw; use .html or .npy")
 
     # 1. speech, style, face
@@ -126,6 +130,8 @@ def main(args):
                         faces_of_codes(model, faces, subject))
     elif out.suffix == ".npy":
         view.write_npy(out, pred, faces.channels - faces.padding)
+    elif out.suffix == ".csv":
+        arkit.write_csv(out, pred, faces, subject)
     elif out.suffix == ".glb":
         view.write_glb(out, pred, faces, frames / faces.fps)
     elif out.suffix == ".png":

@@ -11,7 +11,8 @@ import numpy as np
 from codetalker import SAMPLE_RATE
 from data import DataSet
 from support.command import progress
-from support.files import flatten, open_npy, read_audio, read_description, read_templates, some
+from support.files import (find_files, flatten, open_motion, read_audio, read_description,
+                           read_templates, some)
 
 
 def rms(vertices):
@@ -80,7 +81,7 @@ def check_dataset(folder):
             add(str(error))
 
     # 1. which files there are
-    motions = {path.stem: path for path in sorted(folder.glob("vertices_npy/[!.]*.npy"))}
+    motions = find_files(folder / "vertices_npy", ".npy", ".csv")
     wavs = {path.stem: path for path in sorted(folder.glob("wav/[!.]*.[wW][aA][vV]"))}
     for name in sorted(motions.keys() - wavs.keys()):
         add("motion without sound: add wav/NAME.wav, or remove it", name)
@@ -89,7 +90,8 @@ def check_dataset(folder):
     description = attempt(read_description, folder) or {}
 
     # 2. templates
-    templates = attempt(read_templates, folder / "templates.pkl") or {}
+    channel_names = description.get("channel_names")
+    templates = attempt(read_templates, folder / "templates.pkl", channel_names) or {}
     for subject, template in templates.items():
         span = np.ptp(template.reshape(-1, 3), axis=0).max()
         if description.get("unit") == "metre" and not 0.1 < span < 0.5:
@@ -100,7 +102,7 @@ def check_dataset(folder):
     # 3. every clip
     lengths = {}
     for name in progress(sorted(motions), "checking"):
-        array = attempt(open_npy, motions[name])
+        array = attempt(open_motion, motions[name])
         audio = attempt(read_audio, wavs[name]) if name in wavs else None
         if array is None:
             continue
@@ -115,7 +117,7 @@ def check_dataset(folder):
         elif frames.shape[1] != templates[subject].size:
             add("another number of channels than its template: one mesh for all expected",
                 f"{name} {frames.shape[1]}, template {templates[subject].size}")
-        elif finding := check_position(frames, subject, templates):
+        elif not channel_names and (finding := check_position(frames, subject, templates)):
             add(finding, name)
 
     # 4. frame rate

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from scipy import signal
 from scipy.io import wavfile
 
 from codetalker import SAMPLE_RATE
+from support import arkit
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -45,9 +47,19 @@ def load_arrays(path):
         raise ValueError(f"{path}: a pickle of numpy arrays expected ({error})") from None
 
 
-def read_templates(path):
-    """templates.pkl -> {subject: (V*3,) float32}"""
-    templates = load_arrays(path)
+def read_templates(path, channel_names=None):
+    """templates.pkl, or templates/SUBJECT.obj or .ply -> {subject: (V*3,) float32}
+
+    ARKit's weights are 0 at rest; a subject's name is the clip's, up to an underscore or number.
+    """
+    meshes = find_files(path.with_suffix(""), ".obj", ".ply")
+    templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
+    if channel_names:
+        clips = find_files(path.parent / "vertices_npy", ".csv")
+        subjects = [re.split(r"_|\d+$", clip)[0] for clip in clips]
+        templates = dict.fromkeys(subjects, np.zeros(len(channel_names)))
+    if path.exists() or not templates:
+        templates = load_arrays(path)
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
     read = {}
@@ -58,6 +70,17 @@ def read_templates(path):
         read[str(subject)] = flatten(template[None])[0]
         check_finite(read[str(subject)], f"{path}: {subject}")
     return read
+
+
+def find_files(folder, *endings):
+    """{name without ending: path} of a folder's files with one of these endings, sorted."""
+    paths = sorted(Path(folder).glob("[!.]*"))      # a dot begins what macOS adds
+    return {path.stem: path for path in paths if path.suffix.lower() in endings}
+
+
+def open_motion(path):
+    """The motion of a clip, (frames, channels) or (frames, V, 3), from .npy or from ARKit's .csv"""
+    return arkit.read_csv(path) if path.suffix.lower() == ".csv" else open_npy(path)
 
 
 def open_npy(path):
@@ -153,23 +176,69 @@ def read_description(folder):
                 description[name] = [int(index) for index in text.split()]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if "triangles" not in description and (folder / "mesh.obj").exists():
-        description["triangles"] = read_triangles(folder / "mesh.obj")
+    meshes = [*folder.glob("mesh.obj"), *find_files(folder / "templates", ".obj", ".ply").values()]
+    if meshes and "triangles" not in description:
+        description["triangles"] = read_mesh(meshes[0])[1]
+    if find_files(folder / "vertices_npy", ".csv"):
+        description = arkit.DESCRIPTION | description
     return description
 
 
-def read_triangles(path):
-    """The triangles of an .obj mesh, [[vertex, vertex, vertex], ...] from 0; quads become two."""
-    triangles = []
+def read_mesh(path):
+    """An .obj or .ply -> vertices (V, 3) float32; triangles [[vertex, vertex, vertex], ...] from 0;
+    quads become two."""
     try:
-        for line in Path(path).read_text("utf-8-sig").splitlines():
-            if line.startswith("f "):               # a corner is vertex, or vertex/texture/normal
-                corners = [int(corner.split("/")[0]) - 1 for corner in line.split()[1:]]
-                for i in range(1, len(corners) - 1):
-                    triangles.append([corners[0], corners[i], corners[i + 1]])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: an .obj mesh expected ({error})") from None
-    return triangles
+        content = Path(path).read_bytes()
+        read = read_ply if content.startswith(b"ply") else read_obj
+        vertices, polygons = read(content)
+        triangles = []
+        for first, *others in polygons:
+            triangles += [[first, *pair] for pair in zip(others, others[1:])]
+        return np.array(vertices, np.float32), triangles
+    except (ValueError, LookupError, TypeError, StopIteration, OSError) as error:
+        raise ValueError(f"{path}: an .obj or .ply mesh expected ({error})") from None
+
+
+def read_obj(content):
+    """Bytes of an .obj -> [[x, y, z], ...], [[vertex, vertex, ...], ...] from 0"""
+    vertices, polygons = [], []
+    for line in content.decode("utf-8-sig", "replace").splitlines():
+        if line.startswith("v "):
+            vertices.append([float(word) for word in line.split()[1:4]])
+        elif line.startswith("f "):                 # a corner is vertex, or vertex/texture/normal
+            polygons.append([int(corner.split("/")[0]) - 1 for corner in line.split()[1:]])
+    return vertices, polygons
+
+
+# Where numpy calls it otherwise.
+PLY_TYPES = {"char": "i1", "uchar": "u1", "int": "i4", "uint": "u4", "float": "f4"}
+
+
+def read_ply(content):
+    """Bytes of a .ply, text or binary -> the same. Its header names the properties of a vertex and
+    of a face; a list begins with its length."""
+    header, body = re.split(rb"end_header\r?\n", content, maxsplit=1)
+    words = iter(body.split())
+    stream = io.BytesIO(body)
+    order = ">" if b"binary_big_endian" in header else "<"
+
+    def take(kind):
+        if b"format ascii" in header:
+            return float(next(words))
+        dtype = np.dtype(PLY_TYPES.get(kind, kind)).newbyteorder(order)
+        return np.frombuffer(stream.read(dtype.itemsize), dtype)[0]
+
+    rows = {}
+    for element in re.split(r"\nelement ", header.decode("ascii", "replace"))[1:]:
+        name, count = element.splitlines()[0].split()
+        properties = re.findall(r"^property (?:list (\w+) )?(\w+) (\w+)", element, re.MULTILINE)
+        rows[name] = [{} for _ in range(int(count))]
+        for row in rows[name]:
+            for length, kind, label in properties:
+                row[label] = [take(kind) for _ in range(int(take(length) if length else 1))]
+    vertices = [row["x"] + row["y"] + row["z"] for row in rows["vertex"]]
+    polygons = [row.get("vertex_indices") or row["vertex_index"] for row in rows.get("face", [])]
+    return vertices, [[int(corner) for corner in polygon] for polygon in polygons]
 
 
 def vertex_list(description, name, shape, vertices):

@@ -52,7 +52,7 @@ from codetalker import (SAMPLE_RATE, ARConfig, Attention, CodeTalker, DecoderLay
 from data import Faces, open_data
 from support.command import ArgumentParser, one_line_errors, progress
 from support.files import (flatten, load_arrays, open_npy, read_audio, read_description,
-                           read_templates, read_triangles, some, vertex_list)
+                           read_mesh, read_templates, some, vertex_list)
 
 # -----------------------------------------------------------------------------
 # sizes and schedules
@@ -558,7 +558,7 @@ def import_stage2(weights, autoencoder, heads, wav2vec2_heads):
 def open_released(stage1, stage2, folder):
     """infer.py --released: the model, and a DataSet; or Faces, if the folder has no clips."""
     folder = Path(folder or "")
-    if not (folder / "templates.pkl").exists():
+    if not any(folder.glob("templates*")):
         raise ValueError("--released needs --data: a folder with the faces, templates.pkl at least")
     model = import_released(stage1, stage2)
     if (folder / "vertices_npy").is_dir():
@@ -640,7 +640,7 @@ def read_regions(masks, mesh, vertices):
             regions["lips"] = np.unique(flame["lips"]).tolist()
             regions["upper_face"] = np.unique(upper_face).tolist()
     if mesh:
-        regions["triangles"] = read_triangles(mesh)
+        regions["triangles"] = read_mesh(mesh)[1]
     for name, numbers in regions.items():
         if len(numbers) == 0 or np.min(numbers) < 0 or np.max(numbers) >= vertices:
             path = mesh if name == "triangles" else masks

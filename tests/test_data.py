@@ -2,6 +2,7 @@
 import json
 import pickle
 import shutil
+import struct
 import wave
 from types import SimpleNamespace
 
@@ -189,10 +190,58 @@ def test_load_arrays_reads_every_protocol(tmp_path, protocol):
     assert np.array_equal(read["ada"], arrays["ada"]) and read["n"] == 2
 
 
-def test_quads_of_an_obj_become_two_triangles(tmp_path):
-    (tmp_path / "a.obj").write_text("v 0 0 0\nf 1 2 3\nf 1/4 2/5/6 3//7 4\n")
-    expected = [[0, 1, 2], [0, 1, 2], [0, 2, 3]]
-    assert files.read_triangles(tmp_path / "a.obj") == expected
+CORNERS = np.array([[0, 0, 0], [1, 0, 0.5], [1, 1, 0], [0, 1, -2]], np.float32)
+PLY = "ply\nformat {} 1.0\ncomment x\nelement vertex 4\n{}element face 2\n{}end_header\n"
+XYZ = "property float x\nproperty float y\nproperty float z\n"
+INDICES = "property list uchar int vertex_indices\n"
+COLOURED = ("property uchar red\nproperty double z\nproperty double y\nproperty double x\n",
+            "property list uint8 uint32 vertex_index\nproperty short flag\n")
+
+
+def binary_ply(order):
+    vertices = CORNERS.astype(f"{order}f4").tobytes()
+    faces = struct.pack(f"{order}B3iB4i", 3, 0, 1, 2, 4, 0, 1, 2, 3)
+    name = {"<": "binary_little_endian", ">": "binary_big_endian"}[order]
+    return PLY.format(name, XYZ, INDICES).encode() + vertices + faces
+
+
+def coloured_ply():
+    vertices = b"".join(struct.pack("<B3d", 10, *corner[::-1]) for corner in CORNERS)
+    faces = struct.pack("<B3IhB4Ih", 3, 0, 1, 2, -1, 4, 0, 1, 2, 3, -1)
+    return PLY.format("binary_little_endian", *COLOURED).encode() + vertices + faces
+
+
+MESHES = {
+    "a.obj": b"\xef\xbb\xbf# caf\xe9\nv 0 0 0\nv 1 0 .5 1\nvt 0 0\nv 1 1 0\nv 0 1 -2\nf 1 2 3\n"
+             b"f 1/4 2/5/6 3//7 4\n",
+    "text.ply": PLY.format("ascii", XYZ, INDICES).encode() + b"0 0 0\n1 0 .5\n1 1 0\n0 1 -2\n"
+                                                             b"3 0 1 2\n4 0 1 2 3\n",
+    "windows.ply": PLY.format("ascii", XYZ, INDICES).replace("\n", "\r\n").encode()
+                   + b"0 0 0\r\n1 0 .5\r\n1 1 0\r\n0 1 -2\r\n3 0 1 2\r\n4 0 1 2 3\r\n",
+    "little.ply": binary_ply("<"),
+    "big.ply": binary_ply(">"),
+    "coloured.PLY": coloured_ply(),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_are_read_with_quads_as_two_triangles(tmp_path, name):
+    (tmp_path / name).write_bytes(MESHES[name])
+    vertices, triangles = files.read_mesh(tmp_path / name)
+    np.testing.assert_array_equal(vertices, CORNERS)
+    assert triangles == [[0, 1, 2], [0, 1, 2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("cut.ply", MESHES["little.ply"][:-9]), ("cut.ply", MESHES["text.ply"][:-9]),
+    ("header.ply", MESHES["text.ply"][:60]), ("strip.ply", MESHES["text.ply"].replace(b"_indices", b"s")),
+    ("a.ply", MESHES["little.ply"].replace(b"float", b"object")),
+    ("a.obj", b"v 1 2\nv 1 2 3\n"), ("a.obj", b"f 1 x 3\n")])
+def test_damaged_meshes_are_refused_in_a_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="an .obj or .ply mesh expected") as error:
+        files.read_mesh(tmp_path / name)
+    assert "\n" not in str(error.value)
 
 
 # ---------- data sets
@@ -283,6 +332,32 @@ def test_region_files_name_lips_and_upper_face(folder):
     (folder / "regions" / "fdd.txt").write_text("7,8")
     dataset = data.open_data(folder)
     assert dataset.lips == [3, 1, 2] and dataset.upper_face == [7, 8]
+
+
+@pytest.mark.parametrize("ending", ["obj", "ply"])
+def test_templates_and_triangles_come_from_meshes(folder, dataset, ending):
+    """templates/SUBJECT.obj or .ply in place of templates.pkl; triangles of one of them."""
+    (folder / "templates.pkl").unlink()
+    (folder / "templates").mkdir()
+    (folder / "templates" / "._ada.obj").write_text("of macOS")
+    for subject, template in dataset.templates.items():
+        points = template.reshape(-1, 3)
+        lines = [" ".join(map(str, point)) for point in points]
+        faces = [" ".join(map(str, triangle)) for triangle in dataset.triangles + (ending == "obj")]
+        if ending == "obj":
+            text = "".join(f"v {line}\n" for line in lines) + "".join(f"f {face}\n" for face in faces)
+        else:
+            header = PLY.format("ascii", XYZ, INDICES).replace("vertex 4", f"vertex {len(points)}")
+            text = header.replace("face 2", f"face {len(faces)}")
+            text += "".join(f"{line}\n" for line in lines) + "".join(f"3 {face}\n" for face in faces)
+        (folder / "templates" / f"{subject}.{ending}").write_text(text)
+    describe(folder, triangles=None)
+    read = data.open_data(folder)
+    assert read.templates.keys() == dataset.templates.keys()
+    for subject, template in dataset.templates.items():
+        np.testing.assert_array_equal(read.templates[subject], template)
+    assert np.array_equal(read.triangles, dataset.triangles)
+    assert check_dataset(folder)[0] == []
 
 
 def test_faces_travel_in_a_checkpoint(dataset, tmp_path):
