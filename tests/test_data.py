@@ -190,7 +190,7 @@ def test_load_arrays_reads_every_protocol(tmp_path, protocol):
 
 
 def test_quads_of_an_obj_become_two_triangles(tmp_path):
-    (tmp_path / "a.obj").write_text("v 0 0 0\nf 1 2 3\nf 1/4 2/5/6 3//7 4\n")
+    (tmp_path / "a.obj").write_text("v 0 0 0\nf 1 2 3\nf 1/4 2/5/6 3//7 4\n", "utf-8")
     expected = [[0, 1, 2], [0, 1, 2], [0, 2, 3]]
     assert files.read_triangles(tmp_path / "a.obj") == expected
 
@@ -206,8 +206,8 @@ def folder(speakers, tmp_path):
 
 def describe(folder, **changes):
     path = folder / "dataset.json"
-    description = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}))
+    description = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}), "utf-8")
 
 
 def test_what_dataset_json_leaves_out_is_inferred(folder):
@@ -279,8 +279,8 @@ def test_frame_stride_2_takes_every_second_frame(folder, dataset):
 def test_region_files_name_lips_and_upper_face(folder):
     describe(folder, lips=None, upper_face=None)
     (folder / "regions").mkdir()
-    (folder / "regions" / "lve.txt").write_text("3, 1, 2")
-    (folder / "regions" / "fdd.txt").write_text("7,8")
+    (folder / "regions" / "lve.txt").write_text("3, 1, 2", "utf-8")
+    (folder / "regions" / "fdd.txt").write_text("7,8", "utf-8")
     dataset = data.open_data(folder)
     assert dataset.lips == [3, 1, 2] and dataset.upper_face == [7, 8]
 
@@ -347,11 +347,12 @@ def long_wav(folder):
 
 # name: (what is done to a folder, what check says of it, what a training command says: None, nothing)
 DAMAGE = {
-    "wav missing": (lambda f: first(f, "wav/*.wav").unlink(), "motion without sound", None),
-    "npy missing": (lambda f: first(f, "vertices_npy/*.npy").unlink(), "sound without motion", None),
+    "wav missing": (lambda f: first(f, "wav/*.wav").unlink(), "motion without sound", "match no clip"),
+    "npy missing": (lambda f: first(f, "vertices_npy/*.npy").unlink(), "sound without motion",
+                    "match no clip"),
     "no templates": (lambda f: (f / "templates.pkl").unlink(), "templates.pkl", "templates.pkl"),
     "template missing": (templates_without("ben"), "no template's name", "no template's name"),
-    "npy is text": (lambda f: first(f, "vertices_npy/*.npy").write_text("x"), "npy file", "npy file"),
+    "npy is text": (lambda f: first(f, "vertices_npy/*.npy").write_text("x", "utf-8"), "npy file", "npy file"),
     "NaN": (nan_in_one, "NaN or infinity", "NaN or infinity"),
     "other channels": (damage_frames(lambda x, t, p: x[:, :-3]), "number of channels", "channels"),
     "displacements": (damage_frames(lambda x, t, p: x - t[p.stem.split("_")[0]]),
@@ -361,7 +362,7 @@ DAMAGE = {
     "long sound": (long_wav, "differ in length", None),
     "no sound": (lambda f: wavfile.write(first(f, "wav/*.wav"), 16000, np.zeros(0, "i2")),
                  "found 0 samples", "found 0 samples"),
-    "json is none": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json", "dataset.json"),
+    "json is none": (lambda f: (f / "dataset.json").write_text("{", "utf-8"), "dataset.json", "dataset.json"),
     "fps 0": (lambda f: describe(f, fps=0), "fps between", "fps between"),
     "lips out of range": (lambda f: describe(f, lips=[9999]), "lips", "lips"),
     "ragged triangles": (lambda f: describe(f, triangles=[[0, 1, 2], [0]]), "triangles", "triangles"),
