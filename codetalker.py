@@ -726,6 +726,13 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
+def refuse_pointer(path):
+    """ValueError if a file is a Git LFS pointer, the short text that stands for a large file."""
+    with open(path, "rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            raise ValueError("a Git LFS pointer: run `git lfs pull`")
+
+
 def save(path, model, **training_state):
     """Write a checkpoint: configuration, weights, and whatever is needed to resume training."""
     autoencoder = getattr(model, "autoencoder", model)      # stage 1 is one itself
@@ -743,6 +750,7 @@ def load(path, stage, device="cpu", classes=(MotionAutoencoder, CodeTalker)):
     vq_class, ar_class = classes
     expected = ar_class.__name__ if stage == "ar" else vq_class.__name__
     try:
+        refuse_pointer(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no code in it
         if checkpoint["model"] != expected:
             raise ValueError(f"it holds a {checkpoint['model']}")

@@ -30,11 +30,14 @@ import torch.nn.functional as F
 
 from codetalker import SAMPLE_RATE
 from support import speakers
-from support.command import ArgumentParser, free_memory, one_line_errors, progress
-from support.files import (check_finite, find_files, flatten, open_motion, read_audio,
-                           read_description, read_templates, some, vertex_list)
+from support.command import ArgumentParser, check_writable, free_memory, one_line_errors, progress
+from support.files import (check_finite, find_files, flatten, match_splits, open_motion,
+                           pick_subject, read_audio, read_description, read_templates, read_text,
+                           some, vertex_list)
 
 SYNTHETIC = "speakers"      # folder of the synthetic data set
+USUAL_FPS = (24, 25, 30, 50, 60)
+NTSC_FPS = (24000 / 1001, 30000 / 1001, 60000 / 1001)       # of American television and many phones
 
 # -----------------------------------------------------------------------------
 # a data set
@@ -115,7 +118,7 @@ class Clip:
 
     @property
     def sentence(self):
-        return self.name.rpartition("_")[2]
+        return self.name.removeprefix(self.subject).rpartition("_")[2]
 
 
 class DataSet(Faces):
@@ -168,17 +171,17 @@ class DataSet(Faces):
 
     def find_clips(self):
         """The clips that have motion and sound, sorted by name; all need a template of one size."""
-        wavs = {path.stem: path for path in (self.folder / "wav").glob("*.[wW][aA][vV]")}
+        self.wavs = find_files(self.folder / "wav", ".wav")
         clips = []
         for name, path in self.motion_paths.items():
-            if name not in wavs:
+            if name not in self.wavs:
                 self.warnings.append(f"{name}: motion without wav, left out")
                 continue
-            subjects = [subject for subject in self.templates if name.startswith(subject)]
-            if not subjects:
+            subject = pick_subject(name, self.templates)
+            if subject is None:
                 raise ValueError(f"{self.folder}/templates.pkl: no template's name begins clip "
-                                 f"{name}; there are {some(self.templates)}")
-            subject = max(subjects, key=len)
+                                 f"{name}: clips are named SUBJECT_sentence01, and there are "
+                                 f"templates of {some(self.templates)}")
             array = open_motion(path)[::self.stride]
             width = flatten(array[:1]).shape[1]
             if not width == self.templates[subject].size == self.channels:
@@ -189,15 +192,15 @@ class DataSet(Faces):
         if not clips:
             raise ValueError(f"{self.folder}: no clip has both wav/NAME.wav and "
                              "vertices_npy/NAME.npy")
-        self.wavs = wavs
         return clips
 
     def infer_fps(self, clips):
-        seconds = [len(read_audio(self.wavs[clip.name])) / SAMPLE_RATE for clip in clips]
-        fps = np.median([clip.frames / length for clip, length in zip(clips, seconds)])
-        if abs(fps - round(fps)) < 0.02 * fps:
-            fps = round(fps)
-        self.warnings.append(f"fps: {fps:g}, as frames per second of sound")
+        lengths = []
+        for clip in sorted(clips, key=lambda clip: clip.frames)[-10:]:  # reading sound takes time
+            lengths.append((clip.frames, len(read_audio(self.wavs[clip.name])) / SAMPLE_RATE))
+        fps, is_usual = find_fps(lengths)
+        doubt = "" if is_usual else ", which is unusual: cut motion and sound alike, or state fps"
+        self.warnings.append(f"fps: {fps:.5g}, as frames per second of sound{doubt}")
         return fps
 
     def read_splits(self, named, clips):
@@ -205,12 +208,11 @@ class DataSet(Faces):
         by_name = {clip.name: clip for clip in clips}
         splits = {}
         if named:
-            for split, names in named.items():
-                splits[split] = [by_name[name] for name in names if name in by_name]
-                missing = [name for name in names if name not in by_name]
-                if missing:
-                    self.warnings.append(f"split {split}: {len(missing)} of {len(names)} clips are "
-                                         f"not in the folder: {some(missing)}")
+            for split, names in match_splits(self.folder, named, by_name).items():
+                splits[split] = [by_name[name] for name in names]
+            rest = by_name.keys() - {clip.name for part in splits.values() for clip in part}
+            if rest:
+                self.warnings.append(f"splits: {len(rest)} clips are in none: {some(sorted(rest))}")
         else:
             sentences = sorted({clip.sentence for clip in clips})
             for split, part in (("train", range(8)), ("val", [8]), ("test", [9])):
@@ -219,18 +221,32 @@ class DataSet(Faces):
             self.warnings.append("splits: of ten sentences eight to train, one to val, one to test")
         for split in ("train", "val", "test"):
             if not splits.get(split):
-                raise ValueError(f"{self.folder}: no clip in the split {split!r} (name them in "
+                raise ValueError(f"{self.folder}: no clip in the split {split!r}, found "
+                                 f"{', '.join(splits)} (name the clips of train, val and test in "
                                  "dataset.json, or record ten sentences)")
         return {split: part for split, part in splits.items() if part}
 
     def measure_motion(self):
-        """Sets scale and most_active_channel from the training motion, of which it reads all."""
+        """Sets scale and most_active_channel from every fifth frame in train, but lost ones."""
+        def squares(clip):
+            motion = self.read_frames(clip)[::5] - self.templates[clip.subject]
+            return np.square(motion, dtype=np.float64)
+
+        clips = self.splits["train"]
+        sums, means = [], []
+        for clip in progress(clips, "measuring motion"):
+            squared = squares(clip)
+            sums.append(squared.sum(axis=0))
+            means.append(squared.mean(axis=1))
         square_sum = np.zeros(self.channels)
         count = 0
-        for clip in progress(self.splits["train"], "measuring motion"):
-            motion = self.read_frames(clip)[::5] - self.templates[clip.subject]
-            square_sum += np.square(motion, dtype=np.float64).sum(axis=0)
-            count += len(motion)
+        for clip, clip_sum, is_far in zip(clips, sums, far_frames(means)):
+            if is_far.any():
+                clip_sum = squares(clip)[~is_far].sum(axis=0)
+                frames = some(5 * self.stride * np.flatnonzero(is_far))
+                self.warnings.append(f"scale: leaves out {clip.name} frame {frames}, far off")
+            square_sum += clip_sum
+            count += np.sum(~is_far)
         self.scale = float(np.sqrt(square_sum.mean() / count))
         if not 1e-9 < self.scale < 1e9:
             raise ValueError(f"{self.folder}: motion expected, found a scale of {self.scale:.3g}")
@@ -283,7 +299,7 @@ class DataSet(Faces):
         if not path.exists():
             return None
         try:
-            lines = [line.split("\t") for line in path.read_text("utf-8-sig").splitlines()]
+            lines = [line.split("\t") for line in read_text(path).splitlines()]
             return [(float(start), float(end), phone) for start, end, phone in lines]
         except ValueError as error:
             raise ValueError(f"{path}: lines of start s, end s, phone expected, with tabs between "
@@ -335,6 +351,27 @@ class DataSet(Faces):
         self.most_active_channel = trained.most_active_channel
 
 
+def far_frames(means):
+    """Which frames are lost (zeros) or spiked: [mean squared displacement (T,)] -> [bool (T,)]
+
+    Those with more than five times the root mean square displacement that nine frames in ten keep
+    within. In clean data, synthetic and captured, no frame has more than 2.2 times; zeros have 35.
+    """
+    limit = 5 ** 2 * np.percentile(np.concatenate(means), 90) if means else 0
+    return [mean > limit for mean in means]
+
+
+def find_fps(lengths):
+    """[(frames, seconds of sound)] of clips -> fps, by the ten longest, and whether it is usual."""
+    frames, seconds = np.transpose(sorted(lengths)[-10:])
+    nearly = 1 + 0.02 * np.median(frames)           # motion often ends a little before the sound
+    for rates, tolerance in ((USUAL_FPS, 1), (NTSC_FPS, 1), (USUAL_FPS, nearly)):
+        errors = [np.median(abs(frames - fps * seconds)) for fps in rates]
+        if min(errors) < tolerance:
+            return rates[np.argmin(errors)], True
+    return float(np.median(frames / seconds)), False
+
+
 def open_data(folder, checkpoint=None):
     """The data set in `folder`; None: the synthetic one, made now if it is not there yet.
 
@@ -343,6 +380,7 @@ def open_data(folder, checkpoint=None):
     if folder is None:
         folder = SYNTHETIC
         if not Path(folder).exists():
+            check_writable(".")
             speakers.build_speakers(folder, progress=progress)
     data = DataSet(folder)
     if checkpoint:

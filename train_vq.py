@@ -130,7 +130,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
                   f"{args.codebook_size}  perplexity {metrics['perplexity']:.1f}", flush=True)
             warn_if_collapsed(metrics, args.codebook_size, step, uses_audio=False)
             log[-1]["val"] = metrics
-            is_best = metrics["r2"] > best
+            is_best = not metrics["r2"] <= best     # NaN, where nothing moves: keep the latest
             best = max(best, metrics["r2"])
             state = training_state(optimiser, step, log, best, args, data)
             if is_best:

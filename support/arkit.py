@@ -83,7 +83,7 @@ def write_csv(path, vertices, faces, subject):
         numbers = [f"{weight:.6f}" for weight in row] + ["0.000000"] * len(ROTATIONS)
         lines.append(f"{clock}:{sixtieths:06.3f},61,{','.join(numbers)}")
     with atomic_write(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def fit(vertices, template):

@@ -41,7 +41,8 @@ positive = number(1, 10 ** 9, int)
 @contextmanager
 def one_line_errors():
     """Around main(): a user's mistake ends in one line and exit status 2, not in a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # odd names in log lines stop nothing
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")       # odd names in log lines stop nothing
     try:
         yield
     except KeyboardInterrupt:
@@ -67,7 +68,7 @@ def check_writable(folder):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"{folder}: a folder to write into expected ({error.strerror}); "
-                         "give another") from None
+                         "give another, or run the command in another") from None
 
 
 def progress(items, text, total=None):

@@ -20,8 +20,14 @@ import numpy as np
 from scipy import signal
 from scipy.io import wavfile
 
-from codetalker import SAMPLE_RATE
+from codetalker import SAMPLE_RATE, refuse_pointer
 from support import arkit
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte order mark."""
+    refuse_pointer(path)
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -41,6 +47,7 @@ class ArrayUnpickler(pickle.Unpickler):
 def load_arrays(path):
     """A pickle of plain containers and numpy arrays, Python 2's too."""
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
             return ArrayUnpickler(file, encoding="latin1").load()
     except Exception as error:
@@ -86,6 +93,7 @@ def open_motion(path):
 def open_npy(path):
     """An npy file (frames, channels) or (frames, V, 3), not yet read from disk."""
     try:
+        refuse_pointer(path)
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:
         raise ValueError(f"{path}: an npy file of numbers expected ({error})") from None
@@ -161,7 +169,7 @@ def read_description(folder):
     (BIWI has them) and the triangles of mesh.obj, as one dict."""
     path = folder / "dataset.json"
     try:
-        description = json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
+        description = json.loads(read_text(path)) if path.exists() else {}
         if not isinstance(description, dict):
             raise ValueError("an object {...} expected")
         if not 0 < float(description.get("fps", 30)) < 1000:
@@ -172,7 +180,7 @@ def read_description(folder):
         for name, path in (("lips", folder / "regions" / "lve.txt"),
                            ("upper_face", folder / "regions" / "fdd.txt")):
             if path.exists() and name not in description:
-                text = path.read_text("utf-8-sig").replace(",", " ")
+                text = read_text(path).replace(",", " ")
                 description[name] = [int(index) for index in text.split()]
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -184,10 +192,29 @@ def read_description(folder):
     return description
 
 
+def match_splits(folder, splits, clips):
+    """"splits" of dataset.json, its names without .npy or .wav; ValueError if one is no clip."""
+    matched = {}
+    for split, names in splits.items():
+        matched[split] = [re.sub(r"\.(npy|wav)$", "", str(name), flags=re.I) for name in names]
+        missing = [name for name in matched[split] if name not in clips]
+        if missing:
+            raise ValueError(f"{folder}/dataset.json: splits: {split}: {len(missing)} of "
+                             f"{len(names)} names match no clip with motion and sound: "
+                             f"{some(missing)}; correct them, or leave them out")
+    return matched
+
+
+def pick_subject(clip, templates):
+    """The longest name of a template that the name of a clip begins with, or None."""
+    return max((name for name in templates if clip.startswith(name)), key=len, default=None)
+
+
 def read_mesh(path):
     """An .obj or .ply -> vertices (V, 3) float32; triangles [[vertex, vertex, vertex], ...] from 0;
     quads become two."""
     try:
+        refuse_pointer(path)
         content = Path(path).read_bytes()
         read = read_ply if content.startswith(b"ply") else read_obj
         vertices, polygons = read(content)

@@ -78,7 +78,7 @@ def wasserstein(pred, gt):
         a = np.concatenate([np.diff(motion, n=order, axis=0) for motion in pred])
         b = np.concatenate([np.diff(motion, n=order, axis=0) for motion in gt])
         difference = np.abs(np.sort(a, axis=0) - np.sort(b, axis=0))
-        distances.append(difference.mean() / b.std(axis=0).mean())
+        distances.append(ratio(difference.mean(), b.std(axis=0).mean()))
     return float(np.mean(distances))
 
 
@@ -124,7 +124,7 @@ def upper_face_metrics(data, clips, preds):
             rates["blinks" + suffix] = sum(blinks) / minutes
         if brow_raises:
             rates["brow_raises" + suffix] = sum(brow_raises) / minutes
-    rates["tremble"] /= max(rates.pop("tremble_gt"), 1e-12)
+    rates["tremble"] = ratio(rates["tremble"], rates.pop("tremble_gt"))
     return rates
 
 
@@ -135,10 +135,16 @@ def perplexity(counts):
 
 
 def wrong_audio_partner(clips, i):
-    """Another clip of the subject of clip i (None if there is none), for its motion."""
-    others = [j for j, clip in enumerate(clips) if clip.subject == clips[i].subject and j != i]
+    """Another clip, of its subject where there is one, for its motion; None if there is none."""
+    others = [j for j in range(len(clips)) if j != i]
+    others = [j for j in others if clips[j].subject == clips[i].subject] or others
     later = [j for j in others if j > i]
     return min(later or others, default=None)
+
+
+def ratio(a, b):
+    """a / b; NaN for motion that does not move."""
+    return float(a / b) if b > 0 else math.nan
 
 
 def compute_metrics(data, clips, motions):
@@ -179,19 +185,18 @@ def compute_metrics(data, clips, motions):
 
         partner = wrong_audio_partner(clips, i)
         if partner is not None:
-            frames = min(len(preds[partner]), clip.frames)
-            errors = lip_vertex_errors(preds[partner][:frames], gt[:frames], data.lips)
+            wrong = data.vertices(motions[partner], clip.subject)   # on this subject's face
+            errors = lip_vertex_errors(wrong[:clip.frames], gt[:len(wrong)], data.lips)
             lve_wrong_audio.append(errors)
 
     sums = np.sum(variance, axis=0)
     upper_sums = np.sum(upper_variance, axis=0)
     lve = unit * float(np.concatenate(lve).mean(dtype=np.float64))
     wrong = unit * float(np.concatenate(lve_wrong_audio or [[math.nan]]).mean(dtype=np.float64))
-    return {"r2": float(1 - residual / total), "gap_correlation": float(np.mean(gap_correlation)),
+    return {"r2": 1 - ratio(residual, total), "gap_correlation": float(np.mean(gap_correlation)),
             "lve": lve, "lve_mm": lve ** 0.5, "lve_wrong_audio": wrong,
             "fdd": float(np.mean(fdd)), "fdd_abs": float(np.abs(fdd).mean()),
-            "variance_ratio": float(sums[0] / sums[1]),
-            "upper_variance_ratio": float(upper_sums[0] / upper_sums[1]),
+            "variance_ratio": ratio(*sums), "upper_variance_ratio": ratio(*upper_sums),
             "upper_wasserstein": wasserstein(upper_pred, upper_gt),
             **upper_face_metrics(data, clips, preds)}
 
@@ -282,7 +287,7 @@ def evaluate_generation(model, data, split, every_style=False, seed=0):
 
 
 def warn_if_collapsed(metrics, codebook_size, step, uses_audio):
-    """Print a line for each way in which training fails without an error, after 200 steps or more.
+    """Print a line for each way in which training fails without an error, from step 200 on.
 
     Healthy runs are far from these limits: from step 150 on a perplexity above N / 4, a variance
     ratio above 0.7, a lip error four times as large with the wrong audio.
@@ -299,12 +304,12 @@ def warn_if_collapsed(metrics, codebook_size, step, uses_audio):
         messages.append(f"the audio is ignored: with another clip's the lip error is "
                         f"{wrong_audio:.2f} times as large; try a higher --sampling-prob, and "
                         "python data.py check FOLDER")
-    if not uses_audio and metrics["r2"] < 0.1:
-        messages.append(f"no reconstruction: R2 {metrics['r2']:.2f}; try a lower --lr, and "
-                        "python data.py check FOLDER")
-    if step >= 200:
-        for message in messages:
-            print(f"   warning: {message}", flush=True)
+    messages = messages if step >= 200 else []
+    if step >= 100 and not uses_audio and not metrics["r2"] >= 0.1:         # earlier; NaN, too
+        messages.append(f"no reconstruction: R2 {metrics['r2']:.2f}; run python data.py check "
+                        "FOLDER, it finds what is wrong with the data; or try a lower --lr")
+    for message in messages:
+        print(f"   warning: {message}", flush=True)
 
 
 def write_json(path, value):

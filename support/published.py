@@ -48,10 +48,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from codetalker import (SAMPLE_RATE, ARConfig, Attention, CodeTalker, DecoderLayer, KVCache,
                         MotionAutoencoder, MotionDecoder, MotionEncoder, Quantiser,
-                        TemporalBackbone, VQConfig, atomic_write, causal_mask, feed_forward)
+                        TemporalBackbone, VQConfig, atomic_write, causal_mask, feed_forward,
+                        refuse_pointer)
 from data import Faces, open_data
 from support.command import ArgumentParser, one_line_errors, progress
-from support.files import (flatten, load_arrays, open_npy, read_audio, read_description,
+from support.files import (find_files, flatten, load_arrays, open_npy, read_audio, read_description,
                            read_mesh, read_templates, some, vertex_list)
 
 # -----------------------------------------------------------------------------
@@ -448,6 +449,7 @@ def expect(path, what):
 def read_weights(path):
     """A file that torch.save wrote -> {key: tensor}. Runs no code; ValueError for another file."""
     with expect(path, "pytorch_model.bin or another file of torch.save, not .safetensors,"):
+        refuse_pointer(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = checkpoint.get("state_dict", checkpoint)
         return {key.removeprefix("module."): tensor.float() for key, tensor in weights.items()}
@@ -686,7 +688,7 @@ def convert_vocaset(source, out, masks=None, mesh=None):
                           recording["audio"])
         heads = {subject: template.reshape(-1, 3) for subject, template in templates.items()}
         (folder / "templates.pkl").write_bytes(pickle.dumps(heads))
-        (folder / "dataset.json").write_text(json.dumps(description))
+        (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
         folder.rename(out)
     print(f"{out}: {len(clips)} clips at 30 fps")
 
@@ -699,19 +701,20 @@ def describe(folder):
     path = folder / "dataset.json"
     if path.exists():
         raise ValueError(f"{path}: it exists already; remove it first")
-    present = sorted(file.stem for file in (folder / "vertices_npy").glob("*.npy"))
+    motions = find_files(folder / "vertices_npy", ".npy")
+    wavs = find_files(folder / "wav", ".wav")
+    present = sorted(motions.keys() & wavs.keys())
     name = "VOCASET" if any(clip.startswith("FaceTalk_") for clip in present) else "BIWI"
     clip = next((clip for clip in published_splits(name)["train"] if clip in present), None)
     if clip is None:
-        raise ValueError(f"{folder}/vertices_npy: training clips of VOCASET or BIWI expected, such "
+        raise ValueError(f"{folder}: training clips of VOCASET or BIWI expected, wav and npy, such "
                          f"as F2_e01.npy, found {some(present) or 'none'}")
     description = describe_clips(name, present)
-    seconds = len(read_audio(folder / "wav" / f"{clip}.wav")) / SAMPLE_RATE
-    file_fps = len(open_npy(folder / "vertices_npy" / f"{clip}.npy")) / seconds
+    file_fps = len(open_npy(motions[clip])) / (len(read_audio(wavs[clip])) / SAMPLE_RATE)
     description["frame_stride"] = max(1, round(file_fps / description["fps"]))
     description |= read_description(folder)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(description))
+        temporary.write_text(json.dumps(description), encoding="utf-8")
     print(f"{path}: {name} at {description['fps']} fps, files at {file_fps:.0f}")
 
 

@@ -820,7 +820,7 @@ def write_clip(folder, name, seed, subject, sentence):
     np.save(folder / "vertices_npy" / f"{name}.npy", frames)
     lines = [f"{start:.4f}\t{end:.4f}\t{phone}\n" for start, end, phone in segments]
     phones = folder / "phones" / f"{name}.tsv"
-    phones.write_text("".join(lines))
+    phones.write_text("".join(lines), encoding="utf-8")
 
 
 def write_data_set(folder, seed, progress):
@@ -861,7 +861,7 @@ def write_data_set(folder, seed, progress):
         "eye_gap": [int(upper_lid), int(lower_lid)],
         "brow": [int(np.square(brow_motion).sum(axis=1).argmax())],
     }
-    (folder / "dataset.json").write_text(json.dumps(description))
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
 
 
 def build_speakers(folder, seed=0, progress=lambda clips, text, total: clips):

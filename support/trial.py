@@ -170,7 +170,7 @@ def write_table(results, out):
         axis.plot(means["lve"], means["upper_variance_ratio"], "o", label=name)
     figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(Path(out, "figure.png"), dpi=110)
-    Path(out, "table.md").write_text("\n".join(lines) + "\n")
+    Path(out, "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 parser = ArgumentParser(prog="python -m support.trial", description=__doc__.splitlines()[1])

@@ -181,7 +181,7 @@ def write_video(path, vertices, faces, audio, progress=iter):
             sound.write_bytes(wav_bytes(audio, frames / faces.fps))
             inputs = ["-i", silent, "-i", sound]
             command = ["ffmpeg", "-nostdin", "-v", "error", "-y", *inputs, "-c:v", "copy", tmp]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
             if done.returncode:
                 reason = done.stderr.strip()[-200:]
                 raise ValueError(f"{path}: ffmpeg failed ({reason}); talk.html needs none")

@@ -303,9 +303,9 @@ def students_file(names=TASKS, function_text=skeleton):
 def assemble(path, folder):
     """Copy the project; the student's functions replace the key's where they have a body."""
     source = Path(path).read_text(encoding="utf-8-sig")
-    shutil.copytree(ROOT / "support", Path(folder, "support"))
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, folder)
+    Path(folder, "support").mkdir(parents=True)
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("support/*.*")]:
+        shutil.copyfile(script, Path(folder, script.relative_to(ROOT)))     # it may be read-only
     Path(folder, "student.py").write_text(source, encoding="utf-8")
     for name, task in TASKS.items():
         place = f"{task.holder.__name__}.{task.attribute}"

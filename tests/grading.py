@@ -64,7 +64,7 @@ def run_fork(name, seed):
     except BaseException as error:                          # SystemExit, KeyboardInterrupt as well
         result["error"] = type(error).__name__
         print_traceback(error)
-    Path(f"{name}.json").write_text(json.dumps(result))
+    Path(f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
     os._exit(1 if result["error"] else 0)
 
 
@@ -77,7 +77,7 @@ def limit_resources(output):
     sys.addaudithook(refuse)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
     if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
@@ -160,7 +160,7 @@ def judge(name, seed, parts):
 
 def read_prints(path):
     """The last lines that a fork has printed."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return [f"| {line[:200]}" for line in text.splitlines()[-25:]]
 
 
@@ -168,7 +168,7 @@ def feedback(name, seed, folder):
     """Points and lines of text, from what the submission's process has left in the folder."""
     prints = read_prints(folder / f"{name}.txt")
     try:
-        result = json.loads((folder / f"{name}.json").read_text())
+        result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         passed, lines = judge(name, seed, result["parts"])
     except Exception:                                       # the file may hold anything
         return 0, ["no result", *prints]
@@ -193,7 +193,8 @@ def grade(path, names=TASKS, seed=0):
         script = str(Path(__file__).resolve())
         command = [sys.executable, "-u", script, "--submission", str(seed), *names]
         with suppress(subprocess.TimeoutExpired):           # of one that sleeps; loops end earlier
-            subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            environment = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+            subprocess.run(command, cwd=folder, env=os.environ | environment,
                            stdin=subprocess.DEVNULL, timeout=600)
         grades = {name: feedback(name, seed, Path(folder)) for name in names}
         return grades, read_prints(Path(folder, "load.txt"))

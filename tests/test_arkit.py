@@ -58,7 +58,7 @@ def test_rows_without_a_face_lie_between_their_neighbours(tmp_path):
     (",".join(HEADER) + "\n0,61" + ",x" * 61, "could not convert"),
     (",".join(HEADER) + "\n0,61" + ",0" * 61 + "\n0,0" * 16, "no face in 16 rows")])
 def test_other_files_are_refused_in_a_line(tmp_path, text, reason):
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=reason) as error:
         arkit.read_csv(tmp_path / "a.csv")
     assert "\n" not in str(error.value)
@@ -73,7 +73,7 @@ def test_other_files_are_refused_in_a_line(tmp_path, text, reason):
 def test_timecode_counts_sixtieths(tmp_path, fps, frame, timecode):
     faces = SimpleNamespace(channel_names=arkit.NAMES, fps=fps)
     arkit.write_csv(tmp_path / "a.csv", np.zeros((frame + 1, 18, 3), np.float32), faces, "ada")
-    assert (tmp_path / "a.csv").read_text().splitlines()[-1].split(",")[0] == timecode
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")[0] == timecode
 
 
 def test_what_is_written_can_be_read(tmp_path):
@@ -81,7 +81,7 @@ def test_what_is_written_can_be_read(tmp_path):
     vertices = np.pad(WEIGHTS, ((0, 0), (0, 2))).reshape(-1, 18, 3)
     arkit.write_csv(tmp_path / "a.csv", vertices, faces, "ada")
     np.testing.assert_allclose(arkit.read_csv(tmp_path / "a.csv"), WEIGHTS, atol=1e-6)
-    header, *rows = [line.split(",") for line in (tmp_path / "a.csv").read_text().splitlines()]
+    header, *rows = [line.split(",") for line in (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()]
     assert header == HEADER and {row[1] for row in rows} == {"61"}
     assert {value for row in rows for value in row[-9:]} == {"0.000000"}            # rotations
 

@@ -653,7 +653,7 @@ def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_codetalker_imports_torch_and_the_standard_library_alone():
     imported = set()
-    for node in ast.walk(ast.parse(Path(codetalker.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(codetalker.__file__).read_text("utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom):

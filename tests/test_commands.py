@@ -61,7 +61,7 @@ def test_training_writes_checkpoints_metrics_and_a_picture(runs):
     for stage in ("vq", "ar"):
         names = sorted(path.name for path in (runs / stage).iterdir())
         assert names == ["best.pt", "last.pt", "loss.png", "metrics.json"]
-        metrics = json.loads((runs / stage / "metrics.json").read_text())
+        metrics = json.loads((runs / stage / "metrics.json").read_text("utf-8"))
         assert metrics["test"]["lve"] > 0 and metrics["log"][-1]["val"]["lve"] > 0
         checkpoint = torch.load(runs / stage / "last.pt", weights_only=True)
         assert checkpoint["step"] == metrics["log"][-1]["step"]
@@ -143,7 +143,7 @@ def test_pictures_and_glb_are_written(infer_cwd, speech, suffix, start):
 def test_mp4_has_picture_and_sound(infer_cwd, speech):
     assert infer_cwd("--wav", speech, "--out", "a.mp4") == 0
     command = ["ffprobe", "-v", "error", "-show_entries", "stream=codec_type", "-of", "csv", "a.mp4"]
-    streams = subprocess.run(command, capture_output=True, text=True).stdout
+    streams = subprocess.run(command, capture_output=True, encoding="utf-8").stdout
     assert "video" in streams and "audio" in streams
 
 
@@ -179,7 +179,7 @@ def test_metrics_of_test_are_those_of_the_motion_it_writes(infer_cwd, speakers, 
             errors += np.square(pred - gt)[:, dataset.lips].sum(axis=2).max(axis=1).tolist()
         written = np.load(f"motions/{clip.name}.npy")
         np.testing.assert_allclose(written, np.load("ada.npy"), atol=1e-5)
-    metrics = json.loads((runs / "ar" / "test.json").read_text())["test"]
+    metrics = json.loads((runs / "ar" / "test.json").read_text("utf-8"))["test"]
     assert metrics["lve"] == pytest.approx(1e6 * np.mean(errors), rel=1e-3)     # mm2
 
 
@@ -222,14 +222,14 @@ MISTAKES = {
 @pytest.fixture(scope="session")
 def places(speakers, runs, speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
-    (folder / "text").write_text("this is no such file")
+    (folder / "text").write_text("this is no such file", "utf-8")
     (folder / "folder.npy").mkdir()
     wavfile.write(folder / "empty.wav", 16000, np.zeros(0, np.int16))
     wavfile.write(folder / "nan.wav", 16000, np.full(9000, np.nan, np.float32))
     for name, change in (("fps25", {"fps": 25}), ("mesh", {})):
         shutil.copytree(speakers, folder / name)
         path = folder / name / "dataset.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), "utf-8")
     from test_data import damage_frames
     damage_frames(lambda frames, templates, path: frames[:, :-3])(folder / "mesh")
     return {"DATA": speakers, "VQ": runs / "vq" / "best.pt", "AR": runs / "ar" / "best.pt",
@@ -250,7 +250,7 @@ def test_a_mistake_ends_in_one_line(places, tmp_cwd, capsys, name):
 
 def test_a_process_of_its_own_ends_so_too(tmp_cwd):
     command = [sys.executable, "-B", ROOT / "infer.py", "--ar", "nowhere.pt", "--wav", "nowhere.wav"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: nowhere") and not list(tmp_cwd.iterdir())
 
@@ -306,6 +306,6 @@ def test_page_tests_itself_in_a_browser(infer_cwd, speakers, tmp_path):
              "--virtual-time-budget=4000 --dump-dom").split()
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     address = (tmp_path / "a.html").as_uri() + "#selftest"
-    dom = subprocess.run([browser, *flags, profile, address], capture_output=True, text=True,
+    dom = subprocess.run([browser, *flags, profile, address], capture_output=True, encoding="utf-8",
                          timeout=90).stdout
     assert "<title>PASS" in dom, re.search("<title>.*", dom)

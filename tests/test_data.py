@@ -255,8 +255,8 @@ def folder(speakers, tmp_path):
 
 def describe(folder, **changes):
     path = folder / "dataset.json"
-    description = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}))
+    description = json.loads(path.read_text("utf-8")) | changes
+    path.write_text(json.dumps({k: v for k, v in description.items() if v is not None}), "utf-8")
 
 
 def test_what_dataset_json_leaves_out_is_inferred(folder):
@@ -283,10 +283,10 @@ def test_a_frame_has_the_phone_at_its_centre(folder):
     dataset = data.open_data(folder)
     clip = dataset.splits["train"][0]
     path = folder / "phones" / f"{clip.name}.tsv"
-    path.write_text("0\t0.04\tSIL\n0.04\t0.06\tM\n0.06\t0.07\tAA\n")
+    path.write_text("0\t0.04\tSIL\n0.04\t0.06\tM\n0.06\t0.07\tAA\n", "utf-8")
     names = [dataset.phone_names[i] for i in dataset.phone_classes(clip)]
     assert names == ["SIL", "M"] + (clip.frames - 2) * ["AA"]
-    path.write_text("0 0.04 SIL")
+    path.write_text("0 0.04 SIL", "utf-8")
     with pytest.raises(ValueError, match=f"{clip.name}.tsv: lines of start s, end s, phone"):
         dataset.phone_classes(clip)
     path.unlink()                                   # one clip without: no phones at all
@@ -328,8 +328,8 @@ def test_frame_stride_2_takes_every_second_frame(folder, dataset):
 def test_region_files_name_lips_and_upper_face(folder):
     describe(folder, lips=None, upper_face=None)
     (folder / "regions").mkdir()
-    (folder / "regions" / "lve.txt").write_text("3, 1, 2")
-    (folder / "regions" / "fdd.txt").write_text("7,8")
+    (folder / "regions" / "lve.txt").write_text("3, 1, 2", "utf-8")
+    (folder / "regions" / "fdd.txt").write_text("7,8", "utf-8")
     dataset = data.open_data(folder)
     assert dataset.lips == [3, 1, 2] and dataset.upper_face == [7, 8]
 
@@ -339,7 +339,7 @@ def test_templates_and_triangles_come_from_meshes(folder, dataset, ending):
     """templates/SUBJECT.obj or .ply in place of templates.pkl; triangles of one of them."""
     (folder / "templates.pkl").unlink()
     (folder / "templates").mkdir()
-    (folder / "templates" / "._ada.obj").write_text("of macOS")
+    (folder / "templates" / "._ada.obj").write_text("of macOS", "utf-8")
     for subject, template in dataset.templates.items():
         points = template.reshape(-1, 3)
         lines = [" ".join(map(str, point)) for point in points]
@@ -350,7 +350,7 @@ def test_templates_and_triangles_come_from_meshes(folder, dataset, ending):
             header = PLY.format("ascii", XYZ, INDICES).replace("vertex 4", f"vertex {len(points)}")
             text = header.replace("face 2", f"face {len(faces)}")
             text += "".join(f"{line}\n" for line in lines) + "".join(f"3 {face}\n" for face in faces)
-        (folder / "templates" / f"{subject}.{ending}").write_text(text)
+        (folder / "templates" / f"{subject}.{ending}").write_text(text, "utf-8")
     describe(folder, triangles=None)
     read = data.open_data(folder)
     assert read.templates.keys() == dataset.templates.keys()
@@ -422,11 +422,12 @@ def long_wav(folder):
 
 # name: (what is done to a folder, what check says of it, what a training command says: None, nothing)
 DAMAGE = {
-    "wav missing": (lambda f: first(f, "wav/*.wav").unlink(), "motion without sound", None),
-    "npy missing": (lambda f: first(f, "vertices_npy/*.npy").unlink(), "sound without motion", None),
+    "wav missing": (lambda f: first(f, "wav/*.wav").unlink(), "motion without sound", "match no clip"),
+    "npy missing": (lambda f: first(f, "vertices_npy/*.npy").unlink(), "sound without motion",
+                    "match no clip"),
     "no templates": (lambda f: (f / "templates.pkl").unlink(), "templates.pkl", "templates.pkl"),
     "template missing": (templates_without("ben"), "no template's name", "no template's name"),
-    "npy is text": (lambda f: first(f, "vertices_npy/*.npy").write_text("x"), "npy file", "npy file"),
+    "npy is text": (lambda f: first(f, "vertices_npy/*.npy").write_text("x", "utf-8"), "npy file", "npy file"),
     "NaN": (nan_in_one, "NaN or infinity", "NaN or infinity"),
     "other channels": (damage_frames(lambda x, t, p: x[:, :-3]), "number of channels", "channels"),
     "displacements": (damage_frames(lambda x, t, p: x - t[p.stem.split("_")[0]]),
@@ -436,7 +437,7 @@ DAMAGE = {
     "long sound": (long_wav, "differ in length", None),
     "no sound": (lambda f: wavfile.write(first(f, "wav/*.wav"), 16000, np.zeros(0, "i2")),
                  "found 0 samples", "found 0 samples"),
-    "json is none": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json", "dataset.json"),
+    "json is none": (lambda f: (f / "dataset.json").write_text("{", "utf-8"), "dataset.json", "dataset.json"),
     "fps 0": (lambda f: describe(f, fps=0), "fps between", "fps between"),
     "lips out of range": (lambda f: describe(f, lips=[9999]), "lips", "lips"),
     "ragged triangles": (lambda f: describe(f, triangles=[[0, 1, 2], [0]]), "triangles", "triangles"),

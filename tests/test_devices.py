@@ -143,7 +143,7 @@ def test_gpu_check_runs_dry_on_a_cpu(speakers, tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "tests/gpu_check.sh"], cwd=ROOT, check=True, timeout=300,
                    env=os.environ | settings | {"PATH": path}, capture_output=True)
-    report = (tmp_path / "out" / "report.txt").read_text()
+    report = (tmp_path / "out" / "report.txt").read_text("utf-8")
     statuses = re.findall(r"== exit (\d+)", report)
     assert statuses[:4] == ["0"] * 4, report                # the tests marked cuda are skipped
     assert "times real time" in report and "largest difference 0.0e+00" in report

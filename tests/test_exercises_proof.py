@@ -175,12 +175,12 @@ def test_a_folder_of_submissions(tmp_path):
     (tmp_path / "ada").mkdir()
     (tmp_path / "dan.ipynb").touch()
     for name, (source, _) in files.items():
-        (tmp_path / name).write_text(source)
+        (tmp_path / name).write_text(source, "utf-8")
     grade_folder(tmp_path, tmp_path / "grades.csv")
-    with open(tmp_path / "grades.csv", newline="") as file:
+    with open(tmp_path / "grades.csv", newline="", encoding="utf-8") as file:
         rows = {row["file"].removeprefix(f"{tmp_path}/"): row for row in csv.DictReader(file)}
     assert {name: rows[name]["points"] for name in files} == {
         name: str(points) for name, (_, points) in files.items()}
     assert rows["ben.py"]["same file as"] == f"{tmp_path}/ada/student.py"
     assert "skipped" in rows["dan.ipynb"]["note"] and "SyntaxError" in rows["cleo.py"]["note"]
-    assert "KeyboardInterrupt" in (tmp_path / "hang.txt").read_text()
+    assert "KeyboardInterrupt" in (tmp_path / "hang.txt").read_text("utf-8")

@@ -364,7 +364,7 @@ def test_released_models_need_templates_alone(tmp_path):
     with pytest.raises(ValueError, match="60 motion channels expected .* found 57"):
         published.open_released(*recording.paths, tmp_path)
     (tmp_path / "templates.pkl").write_bytes(pickle.dumps({"zoe": template}))
-    (tmp_path / "mesh.obj").write_text("f 1 2 3\n")
+    (tmp_path / "mesh.obj").write_text("f 1 2 3\n", "utf-8")
     model, data = published.open_released(*recording.paths, tmp_path)
     assert not model.training
     assert (data.fps, data.scale, data.subjects) == (30, 1, ["0", "1", "2"])
@@ -374,7 +374,7 @@ def test_released_models_need_templates_alone(tmp_path):
 
 def test_other_files_are_refused_in_one_line(recording, tmp_path):
     stage1, stage2 = recording.paths
-    (tmp_path / "text.bin").write_text("no weights")
+    (tmp_path / "text.bin").write_text("no weights", "utf-8")
     for paths, message in [
             ((stage2, stage2), "stage2.pth.tar: a released checkpoint of stage 1 expected"),
             ((stage1, stage1), "stage1.pth.tar: a released checkpoint of stage 2 expected"),
@@ -415,7 +415,7 @@ def vocaset(tmp_path):
     for name, content in (("subj_seq_to_idx", index), ("raw_audio_fixed", sounds),
                           ("templates", {TRAIN: vertices[0], TEST: vertices[1]}), ("masks", masks)):
         (folder / f"{name}.pkl").write_bytes(pickle.dumps(content, protocol=2))
-    (folder / "head.obj").write_text("v 0 0 0\n" * 5 + "f 1 2 3\nf 1/1 3/1 4/1 5/1\n")
+    (folder / "head.obj").write_text("v 0 0 0\n" * 5 + "f 1 2 3\nf 1/1 3/1 4/1 5/1\n", "utf-8")
     return folder
 
 
@@ -433,7 +433,7 @@ def test_convert_vocaset_takes_every_second_frame(vocaset, tmp_path, capsys):
     rate, audio = wavfile.read(out / "wav" / f"{TEST}_sentence21.wav")
     assert (rate, len(audio), audio[0]) == (22_000, 3667, 2)
     np.testing.assert_array_equal(load_arrays(out / "templates.pkl")[TEST], rows[1])
-    assert json.loads((out / "dataset.json").read_text()) == {
+    assert json.loads((out / "dataset.json").read_text("utf-8")) == {
         "name": "VOCASET", "fps": 30, "unit": "metre",
         "splits": {"train": [f"{TRAIN}_sentence01"], "val": [], "test": [f"{TEST}_sentence21"]},
         "lips": [1, 3], "upper_face": [0, 2], "triangles": [[0, 1, 2], [0, 2, 3], [0, 3, 4]]}
@@ -473,9 +473,9 @@ def test_describe_knows_vocaset_and_biwi(tmp_path, clips, file_fps, expected):
         np.save(tmp_path / "vertices_npy" / f"{clip}.npy", np.zeros((2 * file_fps, 30)))
         wavfile.write(tmp_path / "wav" / f"{clip}.wav", 8000, np.zeros(16_000, np.int16))
     if "lips" in expected:
-        (tmp_path / "regions" / "lve.txt").write_text("4, 7")
+        (tmp_path / "regions" / "lve.txt").write_text("4, 7", "utf-8")
     published.describe(tmp_path)
-    written = json.loads((tmp_path / "dataset.json").read_text())
+    written = json.loads((tmp_path / "dataset.json").read_text("utf-8"))
     assert expected.items() <= written.items()
     assert written["splits"]["train"] == clips[:1]
     assert sum(written["splits"].values(), []) == clips

@@ -65,7 +65,7 @@ def test_other_takes_have_the_same_lips(dataset, monkeypatch):
 def test_table_cells_are_mean_and_largest_deviation_over_seeds(tmp_path):
     results = [{"codes": dict.fromkeys(trial.COLUMNS, value)} for value in (1.0, 2.0, 6.0)]
     trial.write_table(results + [{"real": dict.fromkeys(trial.COLUMNS, 0.5)}], tmp_path)
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = (tmp_path / "table.md").read_text("utf-8").splitlines()
     assert lines[0] == "| | " + " | ".join(trial.COLUMNS) + " |"
     assert lines[2] == "| codes " + "| 3 ±3 " * len(trial.COLUMNS) + "|"
     assert lines[3] == "| real " + "| 0.5 ±0 " * len(trial.COLUMNS) + "|"
