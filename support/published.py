@@ -9,6 +9,7 @@ What the paper chose, or its released code
     [loss]        stage 1: L1 alone. Stage 2: MSE to the true codes' vectors, and MSE of the motion
     [init]        random weights, dead codes stay dead: hours of training make up for it
     [audio]       wav2vec 2.0: pretrained on 960 hours of speech; its convolutions stay frozen
+    [phones]      no phone loss: wav2vec 2.0 recognises speech already
     [projection]  BIWI: linear layers to the codes and from them, so that H*C need not be D
     [alignment]   BIWI: a frame attends to two audio steps, as 50 Hz are two steps at 25 fps
     [history]     decoded motion is fed back, as in FaceFormer. The decoder is not causal, so all
@@ -271,7 +272,7 @@ class PaperCodeTalker(CodeTalker):
         super().__init__(config, autoencoder)
         self.audio_encoder = Wav2Vec2(**config.wav2vec2)
         self.audio_map = nn.Linear(config.wav2vec2["dim"], config.dim)
-        del self.phone_head                 # wav2vec 2.0 has learnt from speech before  [phones]
+        del self.phone_head                 # wav2vec 2.0 has learnt from speech [phones]
         self.in_proj = nn.Linear(autoencoder.config.vertices * 3, config.dim)       # [history]
         nn.init.normal_(self.style)
         self.layers = nn.ModuleList(PaperDecoderLayer(config) for _ in range(config.layers))
