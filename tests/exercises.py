@@ -174,9 +174,9 @@ def generate(rng):
         all_logits.append(logits.detach().reshape(2, 4, 16))
         return codes[:, t].view(logits.shape[:-1])
 
-    model = small_model()
-    model.sample = sample
-    for frames, temperature in ((9, None), (6, 0), (1, 0.3)):
+    for frames, temperature in ((9, None), (9, 1), (6, 0), (1, 0.3)):
+        model = small_model()
+        model.sample = sample
         codes = torch.from_numpy(rng.integers(0, 16, (2, frames, 4)))
         all_logits = []
         temperatures = []
