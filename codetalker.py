@@ -613,7 +613,7 @@ class CodeTalker(nn.Module):
         return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
     def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
-        """A dict of losses, to be added. To be predicted are codes (B, T, H), motion (B, T, V*3) and
+        """A dict of losses, to be added. To be predicted: codes (B, T, H), motion (B, T, V*3) and
         phones (B, T), numbers below config.phones. sampling_prob: see scheduled_sampling().
         """
         audio = self.encode_audio(mel)                      # (B, T, D)

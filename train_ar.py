@@ -76,7 +76,8 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         sizes = {}
         if args.preset != "small":
             sizes = published.ar_sizes(args.preset, args.wav2vec2, data.fps)
-        config = ar_class.Config(styles=len(data.subjects), phones=max(1, len(data.phone_names)),
+        phone_classes = max(1, len(data.phone_names))
+        config = ar_class.Config(styles=len(data.subjects), phones=phone_classes,
                                  period=round(data.fps), **sizes)
         model = ar_class(config, autoencoder).to(device)
         if args.preset != "small":
@@ -111,7 +112,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
 
         # 2. a batch of random crops: motion, its codes, its audio, the subject's style
         crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
-        motion = torch.stack([data.motion(*crop) for crop in crops])
+        motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
         code_batch = torch.stack([codes[clip.name][a:b] for clip, a, b in crops])
         audio = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])
         phone_batch = torch.stack([phones[clip.name][a:b] for clip, a, b in crops])
@@ -150,9 +151,8 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             log[-1]["val"] = metrics
             # LVE alone prefers faces that hardly move, so it is divided by LVE with wrong audio
             ratio = metrics["lve"] / metrics["lve_wrong_audio"]
-            is_best = ratio < best or math.isnan(ratio)
-            if is_best:
-                best = ratio
+            is_best = ratio < best or math.isnan(ratio)     # NaN, with one clip: keep the latest
+            best = min(best, ratio)
             state = training_state(optimiser, step, log, best, args, data)
             if is_best:
                 save(out / "best.pt", model, **state)

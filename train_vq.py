@@ -8,6 +8,7 @@ Stage 1: learn a codebook of facial motion.
 Writes best.pt (best on the validation split), last.pt (to resume from), metrics.json and loss.png.
 """
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -130,8 +131,9 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
                   f"{args.codebook_size}  perplexity {metrics['perplexity']:.1f}", flush=True)
             warn_if_collapsed(metrics, args.codebook_size, step, uses_audio=False)
             log[-1]["val"] = metrics
-            is_best = not metrics["r2"] <= best     # NaN, where nothing moves: keep the latest
-            best = max(best, metrics["r2"])
+            r2 = metrics["r2"]
+            is_best = r2 > best or math.isnan(r2)           # NaN, if nothing moves: keep the latest
+            best = max(best, r2)
             state = training_state(optimiser, step, log, best, args, data)
             if is_best:
                 save(out / "best.pt", model, **state)

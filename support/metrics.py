@@ -95,8 +95,8 @@ def count_rises(curve, threshold):
     return rises
 
 
-def upper_face_metrics(data, clips, preds):
-    """How alive the upper face is; preds: vertices (T, V, 3) of each clip -> a dict.
+def upper_face_metrics(data, preds, gts):
+    """How alive the upper face is; preds, gts: vertices (T, V, 3) of each clip -> a dict.
 
         tremble             median over frames of the acceleration, pred / gt: in most frames a real
                             upper face is nearly still
@@ -104,11 +104,10 @@ def upper_face_metrics(data, clips, preds):
         brow_raises, brow_raises_gt     a minute; the brow is 3 mm above its median
     """
     rates = {}
-    minutes = sum(clip.frames for clip in clips) / data.fps / 60
-    gts = [data.frames(clip) for clip in clips]
+    minutes = sum(len(gt) for gt in gts) / data.fps / 60
     for suffix, faces in (("", preds), ("_gt", gts)):
         accelerations, blinks, brow_raises = [], [], []
-        for clip, vertices in zip(clips, faces):
+        for vertices in faces:
             second_difference = np.diff(vertices[:, data.upper_face], n=2, axis=0)
             acceleration = np.linalg.norm(second_difference, axis=-1).mean(axis=1)      # (T - 2,)
             accelerations.append(np.median(acceleration) if len(acceleration) else 0.0)
@@ -165,9 +164,8 @@ def compute_metrics(data, clips, motions):
     variance, upper_variance, upper_pred, upper_gt = [], [], [], []
     residual = total = 0.0
     preds = [data.vertices(motion, clip.subject) for clip, motion in zip(clips, motions)]
-    for i, clip in enumerate(clips):
-        pred = preds[i]
-        gt = data.frames(clip)
+    gts = [data.frames(clip) for clip in clips]
+    for i, (clip, pred, gt) in enumerate(zip(clips, preds, gts)):
         template = data.templates[clip.subject].reshape(1, -1, 3)
         residual += np.square(pred - gt).sum(dtype=np.float64)
         total += np.square(gt - gt.mean(axis=0)).sum(dtype=np.float64)
@@ -198,7 +196,7 @@ def compute_metrics(data, clips, motions):
             "fdd": float(np.mean(fdd)), "fdd_abs": float(np.abs(fdd).mean()),
             "variance_ratio": ratio(*sums), "upper_variance_ratio": ratio(*upper_sums),
             "upper_wasserstein": wasserstein(upper_pred, upper_gt),
-            **upper_face_metrics(data, clips, preds)}
+            **upper_face_metrics(data, preds, gts)}
 
 
 def usage_metrics(codes, codebook_size):

@@ -341,14 +341,15 @@ class PaperCodeTalker(CodeTalker):
             temperature = config.temperature
         context = config.context
         mask = causal_mask(context, config.period, config.heads, context, audio.device)
-        mask = mask[:, -1:]                                 # of the newest frame: (heads, 1, S)
+        mask = mask[:, -1:]                 # the last row: of the newest frame, (heads, 1, context)
         caches = [KVCache(context) for _ in self.layers]
         prev = torch.zeros(len(audio), 1, self.in_proj.in_features, device=audio.device)
         codes = []
         for t in progress(range(audio.shape[1])):
             x = self.embed(prev, style, start=t)            # (B, 1, D)
+            seen = min(t + 1, context)                      # frames in a cache, this one included
             for layer, cache in zip(self.layers, caches):
-                x = layer(x, audio[:, t:t + 1], mask[..., -(t + 1):], cache)
+                x = layer(x, audio[:, t:t + 1], mask[..., -seen:], cache)
             logits = self.logits(self.head(x))              # (B, 1, H, N)
             codes.append(self.sample(logits, temperature))
             past_codes = torch.cat(codes[-context:], dim=1)

@@ -40,7 +40,7 @@ class VertexRegressor(CodeTalker):
 
     def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
         audio = self.encode_audio(mel)
-        with torch.no_grad():               # scheduled sampling, as in CodeTalker.forward()
+        with torch.no_grad():               # as in scheduled_sampling(), but in all sequences
             own_motion = self.predict(motion.roll(1, dims=0), style, audio)
         use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
         past = torch.where(use_own[..., None], own_motion, motion)

@@ -128,8 +128,8 @@ def test_tremble_is_the_acceleration_of_the_upper_face_in_most_frames():
     jumps = (np.arange(100) % 20 < 10)[:, None, None] * [1000.0, 0, 0]
     gt = np.concatenate([noise, noise + jumps], axis=1)             # (T, 2, 3)
     pred = np.concatenate([noise, 0.5 * noise + jumps], axis=1)
-    clips, dataset = small_set([gt])
-    result = metrics.upper_face_metrics(dataset, clips, [pred])
+    _, dataset = small_set([gt])
+    result = metrics.upper_face_metrics(dataset, [pred], [gt])
     assert result["tremble"] == pytest.approx(0.5, abs=0.05)
 
 
