@@ -86,7 +86,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             other, _ = load(args.init_audio, "ar", device, classes)
             model.audio_encoder.load_state_dict(other.audio_encoder.state_dict())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=device != "cpu")
+    optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=True)
     step, log, best = 0, [], float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)

@@ -78,7 +78,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             model.init_from_data(motion.to(device))
         else:
             data.scale = 1.0                        # the published models take metres as they are
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device != "cpu")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
     step, log, best = 0, [], -float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)

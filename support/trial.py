@@ -81,16 +81,15 @@ class NormedAutoencoder(MotionAutoencoder):     # the paper's [norm]: InstanceNo
 
 DEFAULT = (MotionAutoencoder, CodeTalker)
 ROWS = {    # classes of both stages, flags of stage 1, flags of stage 2, temperatures
-    "codes": (DEFAULT, "", "", (0.8, 0)),
-    "vertices": ((MotionAutoencoder, VertexRegressor), "", "--sampling-prob 0.85", (0.8,)),
-    "indices": ((MotionAutoencoder, IndexClassifier), "", "", (0.8, 0)),
-    "InstanceNorm": ((NormedAutoencoder, CodeTalker), "", "", (0.8,)),
+    "codes": (DEFAULT, "", "", (1, 0)),
+    "vertices": ((MotionAutoencoder, VertexRegressor), "", "", (1,)),
+    "indices": ((MotionAutoencoder, IndexClassifier), "", "", (1, 0)),
+    "InstanceNorm": ((NormedAutoencoder, CodeTalker), "", "", (1,)),
     "paper's stage 2": ((MotionAutoencoder, PaperStage2), "", "--sampling-prob 0", (0,)),
-    "no resets": (DEFAULT, "--reset-every 1000000", "", (0.8,)),
-    "N 1024": (DEFAULT, "--codebook-size 1024", "", (0.8,)),
-    "H 4": (DEFAULT, "--codes-per-frame 4", "", (0.8,)),
-    "teacher forcing": (DEFAULT, "", "--sampling-prob 0", (0.8,)),
-    "sampling 0.85": (DEFAULT, "", "--sampling-prob 0.85", (0.8,)),
+    "no resets": (DEFAULT, "--reset-every 1000000", "", (1,)),
+    "N 1024": (DEFAULT, "--codebook-size 1024", "", (1,)),
+    "H 4": (DEFAULT, "--codes-per-frame 4", "", (1,)),
+    "teacher forcing": (DEFAULT, "", "--sampling-prob 0", (1,)),
 }
 COLUMNS = ("lve", "gap_correlation", "fdd", "fdd_abs", "variance_ratio", "upper_variance_ratio",
            "upper_wasserstein", "diversity")
