@@ -47,7 +47,7 @@ parser.add_argument("--released", nargs=2, metavar=("STAGE1", "STAGE2"),
 parser.add_argument("--data", help="folder of a data set (default: the synthetic one, where a test "
                                    "clip is needed)")
 parser.add_argument("--out", help="file to write (default: talk.html); with --test a folder for "
-                                  "the motion of every clip")
+                                  "test.json and the motion of every clip")
 parser.add_argument("--test", action="store_true", help="evaluate on the test split")
 parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
@@ -207,12 +207,12 @@ def faces_of_codes(model, faces, subject):
 
 
 def test(model, data, args):
-    """Metrics of every test split, as a table and as test.json; with --out every motion, too."""
+    """Metrics of every test split, as a table and as test.json, beside the checkpoint; with --out in
+    that folder, together with every motion."""
     start = time.time()
-    folder = Path(args.released[1] if args.released else args.ar).parent
+    checkpoint = args.released[1] if args.released else args.ar
+    folder = Path(args.out or Path(checkpoint).parent)
     check_writable(folder)
-    if args.out:
-        check_writable(args.out)
     results = {}
     for split in [name for name in data.splits if name.startswith("test")]:
         clips = data.splits[split]
@@ -230,7 +230,7 @@ def test(model, data, args):
             motions, _ = generate_clips(model, data, clips, styles_of(data, clips))
             for clip, motion in zip(clips, motions):
                 vertices = data.vertices(motion, clip.subject)
-                path = Path(args.out, f"{clip.name}.npy")
+                path = folder / f"{clip.name}.npy"
                 view.write_npy(path, vertices, data.channels - data.padding)
     write_json(folder / "test.json", results)
     print(f"-> {folder / 'test.json'} ({time.time() - start:.0f} s)")

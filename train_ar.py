@@ -91,16 +91,17 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
     parameters = sum(p.numel() for p in trainable)
+    train_clips = data.splits["train"]
     print(f"stage 2 on {device}: {parameters:,} parameters, "
-          f"{len(data.splits['train'])} clips, styles {', '.join(data.subjects)}")
+          f"{len(train_clips)} clips, styles {', '.join(data.subjects)}")
 
     check_writable(out)
-    data.load_motion(data.splits["train"] + data.splits["val"], device)
+    data.load_motion(train_clips + data.splits["val"], device)
     styles = {subject: data.style(subject).to(device) for subject in data.subjects}
-    phones = {clip.name: data.phone_classes(clip).to(device) for clip in data.splits["train"]}
+    phones = {clip.name: data.phone_classes(clip).to(device) for clip in train_clips}
     codes = {}                              # of each clip, (T, H); only once: stage 1 is frozen
     with torch.no_grad():
-        for clip in progress(data.splits["train"], "codes and audio features"):
+        for clip in progress(train_clips, "codes and audio features"):
             codes[clip.name] = model.autoencoder.encode(data.motion(clip)[None])[0]
             data.audio_features(clip, model)                # fills the cache, on the device
     start, start_step = time.time(), step
@@ -111,7 +112,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             group["lr"] = args.lr * warmup * 0.5 ** (step // args.halve_lr_every)
 
         # 2. a batch of random crops: motion, its codes, its audio, the subject's style
-        crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
+        crops = random_crops(train_clips, args.seq_len, args.batch_size)
         motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
         code_batch = torch.stack([codes[clip.name][a:b] for clip, a, b in crops])
         audio = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])

@@ -83,11 +83,12 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
     parameters = sum(p.numel() for p in model.parameters())
+    train_clips = data.splits["train"]
     print(f"stage 1 on {device}: {parameters:,} parameters, "
-          f"{len(data.splits['train'])} clips, {data.channels // 3} vertices")
+          f"{len(train_clips)} clips, {data.channels // 3} vertices")
 
     check_writable(out)
-    data.load_motion(data.splits["train"] + data.splits["val"], device)
+    data.load_motion(train_clips + data.splits["val"], device)
     start, start_step = time.time(), step
     while step < args.steps:
         # 1. learning rate: a short warm-up, then halved at fixed steps
@@ -96,7 +97,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             group["lr"] = args.lr * warmup * 0.5 ** (step // args.halve_lr_every)
 
         # 2. a batch of random crops of motion (B, T, V*3)
-        crops = random_crops(data.splits["train"], args.seq_len, args.batch_size)
+        crops = random_crops(train_clips, args.seq_len, args.batch_size)
         motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
 
         # 3. dead codes start again from encoder outputs

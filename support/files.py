@@ -60,12 +60,13 @@ def read_templates(path, channel_names=None):
     ARKit's weights are 0 at rest; a subject's name is the clip's, up to an underscore or number.
     """
     meshes = find_files(path.with_suffix(""), ".obj", ".ply")
-    templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
-    if channel_names:
+    if channel_names and not path.exists():
         clips = find_files(path.parent / "vertices_npy", ".csv")
         subjects = [re.split(r"_|\d+$", clip)[0] for clip in clips]
         templates = dict.fromkeys(subjects, np.zeros(len(channel_names)))
-    if path.exists() or not templates:
+    elif meshes and not path.exists():
+        templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
+    else:
         templates = load_arrays(path)
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
@@ -121,6 +122,10 @@ def read_audio(path):
     PCM or float wav, such as mp3, m4a or a video, is decoded by ffmpeg."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file; a recording expected")
+    try:
+        refuse_pointer(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: sound expected, found {error}") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)     # chunks that are not audio
         try:

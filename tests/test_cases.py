@@ -230,12 +230,12 @@ def test_metrics_of_motion_that_stands_still_are_nan_without_a_warning(make):
     assert np.isnan([result[name] for name in ("r2", "variance_ratio", "upper_wasserstein")]).all()
 
 
-@pytest.mark.parametrize("r2, step, said", [
+@pytest.mark.parametrize("r2, step, expected", [
     (-3, 150, True), (float("nan"), 100, True), (0.9, 150, False), (-3, 2, False)])
-def test_hopeless_reconstruction_leads_to_check(capsys, r2, step, said):
+def test_hopeless_reconstruction_leads_to_check(capsys, r2, step, expected):
     healthy = {"r2": r2, "lve": 1, "lve_wrong_audio": 9, "perplexity": 100, "variance_ratio": 1}
     metrics.warn_if_collapsed(healthy, 256, step, uses_audio=False)
-    assert ("run python data.py check FOLDER" in capsys.readouterr().out) == said
+    assert ("run python data.py check FOLDER" in capsys.readouterr().out) == expected
 
 
 # ---------- surroundings

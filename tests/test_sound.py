@@ -70,6 +70,7 @@ def test_read_audio_decodes(tmp_path, monkeypatch, name, options):
     ("none.wav", None, True, "no such file"),
     ("text.mp3", b"hello", True, "ffmpeg finds none"),
     ("empty.wav", b"", True, "ffmpeg finds none"),
+    ("pointer.wav", b"version https://git-lfs.github.com/spec/v1", True, "run `git lfs pull`"),
     ("no_samples.wav", b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0"
                        b"data\0\0\0\0", True, "found 0 samples"),
     ("speech.wav", b"RIFF1234", False, "needs ffmpeg"),
