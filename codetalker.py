@@ -448,12 +448,13 @@ class AudioEncoder(nn.Module):
                           nn.GELU(), nn.Linear(dim, dim), nn.Dropout(config.dropout))
             for i in range(config.audio_layers))
         self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, mel):
         x = F.gelu(self.conv1(mel))                         # (B, S, D)
         x = F.gelu(self.conv2(x))
         x = x.unflatten(1, (-1, STEPS_PER_FRAME)).flatten(2)    # (B, T, 4*D): 4 steps side by side
-        x = self.to_frames(x)                               # (B, T, D)
+        x = self.to_frames(self.dropout(x))                 # (B, T, D)
         for layer in self.layers:
             x = x + layer(x)
         return self.norm(x)
