@@ -186,14 +186,15 @@ def decode_in_chunks(model, codes):
 
     The decoder attends to all frames at once, which is too much for long speech [chunks].
     """
-    motion = model.decode(codes[:, :CHUNK])
+    chunks = [model.decode(codes[:, :CHUNK])]
     fade_in = torch.linspace(0, 1, OVERLAP + 2, device=codes.device)[1:-1, None]    # (OVERLAP, 1)
     # every chunk starts OVERLAP frames before the end of what is decoded so far
     for start in range(CHUNK - OVERLAP, codes.shape[1] - OVERLAP, CHUNK - OVERLAP):
         chunk = model.decode(codes[:, start:start + CHUNK])
-        faded = (1 - fade_in) * motion[:, -OVERLAP:] + fade_in * chunk[:, :OVERLAP]
-        motion = torch.cat([motion[:, :-OVERLAP], faded, chunk[:, OVERLAP:]], dim=1)
-    return motion
+        faded = (1 - fade_in) * chunks[-1][:, -OVERLAP:] + fade_in * chunk[:, :OVERLAP]
+        chunks[-1] = chunks[-1][:, :-OVERLAP]
+        chunks.append(torch.cat([faded, chunk[:, OVERLAP:]], dim=1))
+    return torch.cat(chunks, dim=1)
 
 
 @torch.no_grad()
