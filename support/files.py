@@ -59,15 +59,15 @@ def read_templates(path, channel_names=None):
 
     ARKit's weights are 0 at rest; a subject's name is the clip's, up to an underscore or number.
     """
+    clips = find_files(path.parent / "vertices_npy", ".csv") if channel_names else {}
     meshes = find_files(path.with_suffix(""), ".obj", ".ply")
-    if channel_names and not path.exists():
-        clips = find_files(path.parent / "vertices_npy", ".csv")
+    if path.exists() or not (clips or meshes):
+        templates = load_arrays(path)
+    elif clips:
         subjects = [re.split(r"_|\d+$", clip)[0] for clip in clips]
         templates = dict.fromkeys(subjects, np.zeros(len(channel_names)))
-    elif meshes and not path.exists():
-        templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
     else:
-        templates = load_arrays(path)
+        templates = {name: read_mesh(mesh)[0] for name, mesh in meshes.items()}
     if not isinstance(templates, dict) or not templates:
         raise ValueError(f"{path}: {{subject: (V, 3)}} expected, found {type(templates).__name__}")
     read = {}

@@ -140,7 +140,7 @@ def write_npy(path, vertices, channels):
     """Vertices (T, V, 3) as (T, channels) float32, without the zeros that pad the last vertex."""
     flat = vertices.reshape(len(vertices), -1)
     with atomic_write(path) as tmp:
-        np.save(tmp, flat[:, :channels].astype(np.float32))
+        np.save(tmp, flat[:, :channels].astype(np.float32, copy=False))
 
 
 def wav_bytes(audio, seconds):
