@@ -600,8 +600,10 @@ class CodeTalker(nn.Module):
         codes_per_frame = self.autoencoder.config.codes_per_frame
         z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
         codebook = self.autoencoder.quantiser.codebook      # (N, C)
-        relative = codebook.square().sum(dim=1) - 2 * z_hat @ codebook.t()  # as in nearest()
-        return -relative / (2 * self.log_var.exp())
+        # -||z_hat - e||^2 / 2 = z_hat.e - ||e||^2 / 2 and a term that is the same for all codes: a
+        # linear layer whose weights are the codebook
+        var = self.log_var.exp()
+        return F.linear(z_hat / var, codebook, -codebook.square().sum(dim=1) / (2 * var))
 
     def sample(self, logits, temperature):
         """logits (B, T, H, N) -> codes (B, T, H); the most likely ones at temperature 0"""
