@@ -30,9 +30,10 @@ parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
                     help="sequences per step (%(default)s)")
 parser.add_argument("--seq-len", type=positive, default=48,
                     help="frames per sequence (%(default)s)")
-parser.add_argument("--lr", type=number(1e-9, 1), default=2e-3,
+parser.add_argument("--lr", type=number(1e-9, 1), default=4e-3,
                     help="initial learning rate (%(default)s)")
-parser.add_argument("--halve-lr-every", type=positive, default=100, help="steps (%(default)s)")
+parser.add_argument("--halve-lr-every", type=positive, metavar="STEPS",
+                    help="halve the rate at every so many steps (default: it falls evenly to 0)")
 parser.add_argument("--codebook-size", type=number(1, 65536, int), default=256,
                     help="N, number of codes (%(default)s)")
 parser.add_argument("--codes-per-frame", type=int, choices=[1, 2, 4, 8, 16, 32, 64],
@@ -46,7 +47,8 @@ parser.add_argument("--log-every", type=positive, default=50,
 parser.add_argument("--seed", type=number(0, 2 ** 32, int), default=0,
                     help="random seed (%(default)s)")
 parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-parser.add_argument("--resume", action="store_true", help="continue exactly, from last.pt in --out")
+parser.add_argument("--resume", action="store_true",
+                    help="continue from last.pt in --out; exactly, if --steps is the same")
 
 
 def main(args, classes=(MotionAutoencoder, CodeTalker)):
@@ -91,10 +93,12 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     data.load_motion(train_clips + data.splits["val"], device)
     start, start_step = time.time(), step
     while step < args.steps:
-        # 1. learning rate: a short warm-up, then halved at fixed steps
-        warmup = min(1, (step + 1) / 20)
+        # 1. learning rate: a short warm-up, then evenly down to 0, or halved [rate]
+        decay = 1 - step / args.steps
+        if args.halve_lr_every:
+            decay = 0.5 ** (step // args.halve_lr_every)
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * warmup * 0.5 ** (step // args.halve_lr_every)
+            group["lr"] = args.lr * min(1, (step + 1) / 20) * decay
 
         # 2. a batch of random crops of motion (B, T, V*3)
         crops = random_crops(train_clips, args.seq_len, args.batch_size)
