@@ -48,7 +48,7 @@ parser.add_argument("--halve-lr-every", type=positive, metavar="STEPS",
 parser.add_argument("--sampling-prob", type=number(0, 1), default=0.8,
                     help="scheduled sampling: in half of the training sequences, this share of "
                          "past frames is the model's own (%(default)s)")
-parser.add_argument("--eval-every", type=positive, default=500,
+parser.add_argument("--eval-every", type=positive, default=800,
                     help="steps between evaluations (%(default)s)")
 parser.add_argument("--log-every", type=positive, default=50,
                     help="steps between log lines (%(default)s)")

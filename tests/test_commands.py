@@ -69,6 +69,18 @@ def test_training_writes_checkpoints_metrics_and_a_picture(runs):
 
 
 @pytest.mark.parametrize("stage", ["vq", "ar"])
+@pytest.mark.parametrize("flags, share", [([], 1 / 4), (["--halve-lr-every", 2], 1 / 2)])
+def test_learning_rate_of_the_last_step(speakers, runs, tmp_path, stage, flags, share):
+    """Of four steps the last has 4 / 20 of warm-up, and 1 / 4 of a straight line, or one halving."""
+    flags = [*flags, "--data", speakers, *TINY, "--steps", 4, "--lr", 1e-3, "--out", tmp_path]
+    if stage == "ar":
+        flags += ["--vq", runs / "vq" / "best.pt"]
+    assert run(f"train_{stage}.py", *flags) == 0
+    optimiser = torch.load(tmp_path / "last.pt", weights_only=True)["optimiser"]
+    assert optimiser["param_groups"][0]["lr"] == pytest.approx(1e-3 * 4 / 20 * share)
+
+
+@pytest.mark.parametrize("stage", ["vq", "ar"])
 def test_resume_is_exact(speakers, runs, tmp_path, stage):
     """Two steps and, resumed, two more leave the same bits as four steps at once."""
     flags = ["--data", speakers, *TINY, "--halve-lr-every", 3]      # whatever --steps is
