@@ -14,7 +14,7 @@ Data sets: any folder in the layout of FaceFormer and CodeTalker, or the synthet
         triangles [[vertex, vertex, vertex], ...], colours [[red, green, blue], ...] in 0..1,
         lips [vertices], upper_face [vertices], lip_gap [upper, lower vertex of the inner lips],
         eye_gap [upper, lower vertex of the lids], brow [vertex], to count blinks and brow raises,
-        frame_stride (2 reads every second frame)
+        frame_stride (2 reads every second frame), texts {clip name: what is said}
 
 Motion is vertices - template. Frame t covers the time from t / fps to (t + 1) / fps and shows the
 face at its middle. Without a folder, support/speakers.py makes a synthetic data set on first use.
@@ -139,6 +139,7 @@ class DataSet(Faces):
             raise ValueError(f"{folder}: a folder with wav/, vertices_npy/ and templates.pkl "
                              f"expected, found {found}")
         description = read_description(self.folder)
+        self.texts = description.get("texts", {})
         channel_names = description.get("channel_names")
         self.templates = read_templates(self.folder / "templates.pkl", channel_names)
         self.motion_paths = find_files(self.folder / "vertices_npy", ".npy", ".csv")

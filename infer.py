@@ -89,7 +89,8 @@ def main(args):
         title = Path(args.wav).stem
     else:
         clip = data.splits["test"][0]
-        audio, frames, title = data.audio(clip), clip.frames, clip.name
+        audio, frames = data.audio(clip), clip.frames
+        title = str(data.texts.get(clip.name, clip.name))
     if args.style:
         style_text = args.style
     elif clip and clip.subject in faces.subjects:

@@ -182,6 +182,8 @@ def read_description(folder):
         splits = description.get("splits", {})
         if not isinstance(splits, dict) or not all(isinstance(v, list) for v in splits.values()):
             raise ValueError('"splits": {"train": [clip names], ...} expected')
+        if not isinstance(description.get("texts", {}), dict):
+            raise ValueError('"texts": {"clip name": "what is said", ...} expected')
         for name, path in (("lips", folder / "regions" / "lve.txt"),
                            ("upper_face", folder / "regions" / "fdd.txt")):
             if path.exists() and name not in description:

@@ -780,6 +780,13 @@ def make_subject(seed, subject):
     return Subject(number, voice, gestures, face, make_template(face, rng))
 
 
+def draw_sentence(seed, person, sentence):
+    """The words of a clip and its voice; with the generator for what is drawn after them."""
+    rng = np.random.default_rng([seed, person.number, sentence])
+    voice = vary_voice(person.voice, rng)
+    return make_sentence(rng), voice, rng
+
+
 def make_clip(seed, subject, sentence, take=0):
     """A subject speaks a sentence -> audio, vertices, segments, weights.
 
@@ -788,10 +795,8 @@ def make_clip(seed, subject, sentence, take=0):
     this audio: the lips differ by a few per cent, the upper face is drawn anew.
     """
     person = make_subject(seed, subject)
-    voice_rng = np.random.default_rng([seed, person.number, sentence])
+    words, voice, voice_rng = draw_sentence(seed, person, sentence)
     face_rng = np.random.default_rng([seed, person.number, sentence, take])
-    voice = vary_voice(person.voice, voice_rng)
-    words = make_sentence(voice_rng)
     segments, accents = assign_durations(words, voice, voice_rng)
     audio = synthesise(segments, voice, voice_rng, accents)
     audio = simulate_recording(audio, voice_rng)
@@ -826,6 +831,7 @@ def write_clip(folder, name, seed, subject, sentence):
 def write_data_set(folder, seed, progress):
     """Write all clips, as many at once as there are processors, then the templates and lists."""
     splits = {}
+    texts = {}
     jobs = []
     for split, subjects in SUBJECTS.items():
         splits[split] = []
@@ -834,6 +840,9 @@ def write_data_set(folder, seed, progress):
                 name = f"{subject}_sentence{sentence:02d}"
                 splits[split].append(name)
                 jobs.append((folder, name, seed, subject, sentence))
+                words, _, _ = draw_sentence(seed, make_subject(seed, subject), sentence)
+                text = " ".join(words).replace(" ,", ",")
+                texts[name] = text[0].upper() + text[1:] + "."
     with ProcessPoolExecutor() as pool:
         written = pool.map(write_clip, *zip(*jobs), chunksize=5)
         for _ in progress(written, "building the synthetic speakers", total=len(jobs)):
@@ -853,6 +862,7 @@ def write_data_set(folder, seed, progress):
         "fps": FPS,
         "unit": "metre",
         "splits": splits,
+        "texts": texts,
         "triangles": face.triangles.tolist(),
         "colours": face.colours.round(3).tolist(),
         "lips": face.lips.tolist(),

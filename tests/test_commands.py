@@ -135,6 +135,8 @@ def test_page_holds_face_sound_and_no_address(infer_cwd, speakers):
     assert infer_cwd("--data", speakers, "--out", "a.html") == 0
     page = open("a.html", encoding="utf-8").read()
     assert len(page) < 1_500_000
+    texts = json.loads((speakers / "dataset.json").read_text("utf-8"))["texts"]
+    assert f'"title": "{texts["dan_sentence06"]}"' in page          # the words, not the clip's name
     assert "http" not in page.replace("http://www.w3.org", "")
     assert page.count("</script>") == len(re.findall(r"<script", page))
 

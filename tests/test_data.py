@@ -1,6 +1,7 @@
 """Files, data sets, metrics and the synthetic speakers, against loops, hand-worked cases and scipy."""
 import json
 import pickle
+import re
 import shutil
 import struct
 import wave
@@ -441,6 +442,7 @@ DAMAGE = {
     "fps 0": (lambda f: describe(f, fps=0), "fps between", "fps between"),
     "lips out of range": (lambda f: describe(f, lips=[9999]), "lips", "lips"),
     "ragged triangles": (lambda f: describe(f, triangles=[[0, 1, 2], [0]]), "triangles", "triangles"),
+    "texts are a list": (lambda f: describe(f, texts=["hello"]), "texts", "texts"),
     "no test split": (lambda f: describe(f, splits={"train": ["ada_sentence01"]}), "'val'", "'val'"),
 }
 
@@ -487,6 +489,15 @@ def test_lips_meet_in_p_b_m_and_part_in_open_vowels():
             if phone in ("AA", "AE") and end - start > 0.1:
                 opened.append(around.max())
     assert np.mean(np.array(closed) < 1) > 0.9 and np.mean(opened) > 5          # mm
+
+
+def test_texts_are_what_the_phones_say(dataset):
+    """The words without punctuation, looked up in the lexicon, are the phones without pauses."""
+    lexicon = {word.lower(): phones for word, phones in synthetic.PRONUNCIATION.items()}    # "I"
+    for clip in sum(dataset.splits.values(), []):
+        words = re.findall("[a-z]+", dataset.texts[clip.name].lower())
+        expected = [phone.rstrip("1") for word in words for phone in lexicon[word]]
+        assert [phone for _, _, phone in dataset.phones(clip) if phone != "SIL"] == expected
 
 
 def test_segments_cover_the_audio_without_gaps():
