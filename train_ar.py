@@ -21,8 +21,9 @@ import torch
 
 from codetalker import CodeTalker, MotionAutoencoder, load, perturb_vocal_tract, save
 from data import open_data, random_crops
-from support.command import (ArgumentParser, check_writable, number, one_line_errors, pick_device,
-                             positive, progress, resume_training, time_left, training_state)
+from support.command import (ArgumentParser, check_writable, learning_rate, number, one_line_errors,
+                             pick_device, positive, progress, resume_training, time_left,
+                             training_state)
 from support.metrics import evaluate_generation, warn_if_collapsed, write_metrics
 
 parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,12 +109,9 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             data.audio_features(clip, model)                # fills the cache, on the device
     start, start_step = time.time(), step
     while step < args.steps:
-        # 1. learning rate: a short warm-up, then evenly down to 0, or halved [rate]
-        decay = 1 - step / args.steps
-        if args.halve_lr_every:
-            decay = 0.5 ** (step // args.halve_lr_every)
+        # 1. learning rate: a short warm-up, then evenly down to 0 [rate]
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 20) * decay
+            group["lr"] = learning_rate(args, step)
 
         # 2. a batch of random crops: motion, its codes, its audio, the subject's style
         crops = random_crops(train_clips, args.seq_len, args.batch_size)

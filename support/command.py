@@ -115,6 +115,15 @@ def free_memory(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def learning_rate(args, step):
+    """Of one step: a warm-up of 20 steps, then a straight line to 0 at --steps; with
+    --halve-lr-every halved at fixed steps instead, as the paper does."""
+    decay = 1 - step / args.steps
+    if args.halve_lr_every:
+        decay = 0.5 ** (step // args.halve_lr_every)
+    return args.lr * min(1, (step + 1) / 20) * decay
+
+
 def training_state(optimiser, step, log, best, args, data):
     """What a checkpoint holds beside the model, to resume exactly."""
     state = {"dataset": data.metadata(), "flags": vars(args), "step": step, "log": log,
