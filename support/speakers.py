@@ -48,13 +48,14 @@ BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 
 # One line per phone (ARPAbet; -Y and -W are the second halves of diphthongs)
 # F1 F2 F3    formants of men, Hz: vowels Peterson & Barney 1952, table II; the rest Klatt 1980,
-#             tables II and III
+#             tables II and III. UH and UW are fronted, as they are today, R and L more open
 # co          coarticulation, how far F2 and F3 move towards the vowels around: locus equations,
 #             Sussman et al. 1991, rounded
-# ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1
+# ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1; CH JH S SH Z longer
 # vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms)
 # dB at wid   friction or burst: level relative to a vowel, centre and half-width in Hz (after
-#             Stevens 1998, chapters 7 and 8)
+#             Stevens 1998, chapters 7 and 8; levels by hand)
+#             Durations and levels that differ from their source: from labelled recordings
 # na muf      velum open; how much a constriction muffles what is above 400 Hz (by hand)
 # jaw .. tuck targets of LIP_SHAPES; dJ dL: dominance of jaw and lips (by hand; the form is that
 #             of Cohen & Massaro 1993)
@@ -63,26 +64,26 @@ PHONE_TABLE = """
 SIL 500 1500 2500 1.0 100   0   0 -99 2000 2000  0   0   0  .1   0   0   0   0    0 3.0 1.0
 AA  730 1090 2440   0 240   1   0 -99 2000 2000  0   0 .80   0   0   0   0 .05    0 1.2 0.7
 AE  660 1720 2410   0 230   1   0 -99 2000 2000  0   0 .70   0   0   0 .35 .15    0 1.2 0.8
-AH  640 1190 2390   0 140   1   0 -99 2000 2000  0   0 .48   0   0   0   0   0    0 0.6 0.4
+AH  640 1190 2390   0 140  .6   0 -99 2000 2000  0   0 .48   0   0   0   0   0    0 0.6 0.4
 AO  570  840 2410   0 240   1   0 -99 2000 2000  0   0 .62   0 .40 .45   0   0    0 1.1 1.0
 AW  640 1230 2550   0 260   1   0 -99 2000 2000  0   0 .75   0   0   0   0 .05    0 1.2 0.7
 AY  660 1200 2550   0 250   1   0 -99 2000 2000  0   0 .75   0   0   0 .10 .05    0 1.2 0.7
 EH  530 1840 2480   0 150   1   0 -99 2000 2000  0   0 .52   0   0   0 .30 .10    0 1.0 0.7
-ER  490 1350 1690   0 180   1   0 -99 2000 2000  0   0 .35   0 .45 .40   0 .10    0 0.9 1.0
+ER  490 1350 1690   0 180  .6   0 -99 2000 2000  0   0 .35   0 .45 .40   0 .10    0 0.9 1.0
 EY  480 1720 2520   0 190   1   0 -99 2000 2000  0   0 .45   0   0   0 .40 .10    0 1.0 0.8
-IH  390 1990 2550   0 135   1   0 -99 2000 2000  0   0 .30   0   0   0 .30 .05    0 0.8 0.6
+IH  390 1990 2550   0 135  .6   0 -99 2000 2000  0   0 .30   0   0   0 .30 .05    0 0.8 0.6
 IY  270 2290 3010   0 155   1   0 -99 2000 2000  0   0 .20   0   0   0 .70 .10    0 1.0 1.0
 OW  540 1100 2300   0 220   1   0 -99 2000 2000  0   0 .50   0 .40 .50   0   0    0 1.0 1.1
 OY  550  960 2400   0 280   1   0 -99 2000 2000  0   0 .58   0 .50 .55   0   0    0 1.1 1.1
-UH  440 1020 2240   0 160   1   0 -99 2000 2000  0   0 .35   0 .40 .40   0   0    0 0.9 0.9
-UW  300  870 2240   0 210   1   0 -99 2000 2000  0   0 .20   0 .80 .85   0   0    0 1.0 1.3
+UH  440 1250 2240   0 160  .6   0 -99 2000 2000  0   0 .35   0 .40 .40   0   0    0 0.9 0.9
+UW  300 1300 2240   0 210   1   0 -99 2000 2000  0   0 .20   0 .80 .85   0   0    0 1.0 1.3
 -Y  370 1900 2500   0   0   1   0 -99 2000 2000  0   0 .25   0   0   0 .50 .05    0 0.8 0.8
 -W  430  920 2320   0   0   1   0 -99 2000 2000  0   0 .25   0 .65 .75   0   0    0 0.8 1.1
-W   290  610 2150  .1  80  .7   0 -99 2000 2000  0  .2 .15 .10 .85 .95   0   0    0 1.0 1.8
-Y   260 2070 3020  .2  80  .7   0 -99 2000 2000  0  .1 .18   0   0   0 .50   0    0 0.9 0.7
-R   310 1060 1380  .2  80  .7   0 -99 2000 2000  0  .1 .22   0 .55 .50   0 .15    0 0.8 1.1
-L   310 1050 2880  .3  80  .7   0 -99 2000 2000  0 .15 .32   0   0   0 .10 .05    0 0.7 0.4
-HH  500 1500 2500 .95  80  .1  .2 -99 2000 2000  0   0 .40   0   0   0   0   0    0 0.2 0.1
+W   290  610 2150  .1  80  .7   0 -99 2000 2000  0  .1 .15 .10 .85 .95   0   0    0 1.0 1.8
+Y   260 2070 3020  .2  80  .7   0 -99 2000 2000  0   0 .18   0   0   0 .50   0    0 0.9 0.7
+R   420 1200 1600  .2  80 .85   0 -99 2000 2000  0   0 .22   0 .55 .50   0 .15    0 0.8 1.1
+L   420 1100 2700  .3  80 .85   0 -99 2000 2000  0   0 .32   0   0   0 .10 .05    0 0.7 0.4
+HH  500 1500 2500 .95  80 .05 .07 -99 2000 2000  0   0 .40   0   0   0   0   0    0 0.2 0.1
 M   480 1270 2130  .6  70 .95   0 -99 2000 2000  1 .35 .15   1 .05   0   0   0    0 0.6 0.5
 N   480 1340 2470  .4  60 .95   0 -99 2000 2000  1  .3 .22   0   0   0 .10 .05    0 0.8 0.3
 NG  480 2000 2900  .5  95 .95   0 -99 2000 2000  1  .3 .30   0   0   0 .05   0    0 0.5 0.2
@@ -92,16 +93,16 @@ T   400 1600 2600  .4  75   0  .2 -12 4500 1800  0   1 .18   0   0   0 .10 .05  
 D   200 1600 2600  .4  75 .35 .05 -16 3800 1800  0   1 .20   0   0   0 .10 .05    0 0.9 0.3
 K   300 1990 2850  .7  80   0  .2 -13 2100  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
 G   200 1990 2850  .7  80 .35 .05 -17 1900  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
-CH  350 1800 2820  .2 100   0  .2 -11 3300  900  0   1 .16   0 .65 .40   0 .25    0 1.2 1.2
-JH  260 1800 2820  .2  80 .35   0 -15 3200  900  0   1 .18   0 .60 .40   0 .25    0 1.2 1.1
-F   340 1100 2080  .6 100   0 .02 -24 6500 3000  0  .6 .12   0   0   0 .05 .20    1 1.2 1.0
-V   220 1100 2080  .6  60  .5   0 -30 6500 3000  0  .5 .12   0   0   0 .05 .20    1 1.2 1.0
-TH  320 1290 2540  .5  90   0 .02 -26 6500 2800  0  .6 .25   0   0   0 .05 .05    0 1.0 0.4
-DH  270 1290 2540  .5  50  .5   0 -34 6000 3500  0  .4 .25   0   0   0 .05 .05    0 0.8 0.3
-S   320 1390 2530  .4 105   0 .02  -7 6000 1000  0  .6 .10   0   0   0 .25 .10    0 1.5 0.6
-Z   240 1390 2530  .4  75  .4   0 -12 6000 1000  0  .5 .10   0   0   0 .25 .10    0 1.5 0.6
-SH  300 1840 2750  .2 105   0 .02  -9 3500  900  0  .6 .14   0 .70 .45   0 .30    0 1.3 1.3
-ZH  300 1840 2750  .2  70  .4   0 -14 3400  900  0  .5 .16   0 .65 .45   0 .30    0 1.3 1.2
+CH  350 1800 2820  .2 140   0  .2 -11 3300  900  0   1 .16   0 .65 .40   0 .25    0 1.2 1.2
+JH  260 1800 2820  .2 100 .35   0 -15 3200  900  0   1 .18   0 .60 .40   0 .25    0 1.2 1.1
+F   340 1100 2080  .6 100   0 .02 -32 6500 3000  0  .6 .12   0   0   0 .05 .20    1 1.2 1.0
+V   220 1100 2080  .6  60  .5   0 -42 6500 3000  0  .5 .12   0   0   0 .05 .20    1 1.2 1.0
+TH  320 1290 2540  .5  90   0 .02 -34 6500 2800  0  .6 .25   0   0   0 .05 .05    0 1.0 0.4
+DH  270 1290 2540  .5  50  .5   0 -42 6000 3500  0  .4 .25   0   0   0 .05 .05    0 0.8 0.3
+S   320 1390 2530  .4 115   0 .02 -13 6000 1000  0  .6 .10   0   0   0 .25 .10    0 1.5 0.6
+Z   240 1390 2530  .4  95  .4   0 -19 6000 1000  0  .5 .10   0   0   0 .25 .10    0 1.5 0.6
+SH  300 1840 2750  .2 120   0 .02 -13 3500  900  0  .6 .14   0 .70 .45   0 .30    0 1.3 1.3
+ZH  300 1840 2750  .2  70  .4   0 -19 3400  900  0  .5 .16   0 .65 .45   0 .30    0 1.3 1.2
 """
 VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
 STOPS = "P B T D K G CH JH".split()
@@ -223,6 +224,7 @@ def vary_voice(voice, rng):
         varied[name] *= lognormal(rng, deviation)
     for name in ("breathiness", "clarity", "nasality"):
         varied[name] = clip(varied[name] + rng.normal(0, 0.25), 0, 1)
+    varied["dialect"] = rng.integers(2 ** 31)           # eight dialects would be learnt by heart
     return SimpleNamespace(**varied)
 
 
@@ -270,14 +272,17 @@ def draw_pause(shortest, longest, rng):
 
 
 def draw_word(word, stress, phrase_final, voice, rng):
-    """A word's [(phone, seconds, stress)]. Stress and phrase ends lengthen (Klatt 1976)."""
+    """A word's [(phone, seconds, stress)]. Stress and phrase ends lengthen (Klatt 1976).
+
+    The factors bring vowels and consonants to their durations in labelled recordings.
+    """
     phones = PRONUNCIATION[word]
     vowels = [i for i, phone in enumerate(phones) if phone.rstrip("1") in VOWELS]
     timed = []
     for i, phone in enumerate(phones):
         phone_stress = stress if phone.endswith("1") else 0
         phone = phone.rstrip("1")
-        factor = 0.62 + 0.4 * phone_stress if phone in VOWELS else 0.8
+        factor = 0.4 + 0.35 * phone_stress if phone in VOWELS else 0.9
         if phrase_final and i >= vowels[-1]:
             factor *= rng.uniform(1.2, 1.6)
         seconds = PHONES[phone].ms / 1000 * factor * lognormal(rng, 0.18)
@@ -340,7 +345,7 @@ def control_tracks(segments, times, voice, rng):
     steps = []                                          # (from this time on, source (7,))
     for i, (start, end, phone) in enumerate(segments):
         source = PHONES[phone].source.copy()
-        source[[0, 1, 6]] *= lognormal(rng, (0.2, 0.3, 0.35))
+        source[[0, 1, 6]] *= lognormal(rng, (0.4, 0.6, 0.5))
         source[2] = 10 ** (source[2] / 20) * lognormal(rng, 0.35)
         if phone in STOPS:
             next_phone = segments[i + 1][2]
