@@ -224,7 +224,6 @@ def vary_voice(voice, rng):
         varied[name] *= lognormal(rng, deviation)
     for name in ("breathiness", "clarity", "nasality"):
         varied[name] = clip(varied[name] + rng.normal(0, 0.25), 0, 1)
-    varied["dialect"] = rng.integers(2 ** 31)           # eight dialects would be learnt by heart
     return SimpleNamespace(**varied)
 
 
@@ -324,10 +323,12 @@ def formant_tracks(segments, times, voice, rng):
 
 def vowel_formants(segments, neutral, voice, rng):
     """{index of a vowel's segment: (formants at its start, at its end)}, each (3,) Hz."""
+    # Every clip deviates from its subject's dialect: eight dialects could be learnt by heart.
     dialect_rng = np.random.default_rng(voice.dialect)
     dialect = {}
     for phone in VOWELS + ["-Y", "-W"]:
-        dialect[phone] = lognormal(dialect_rng, (0.07, 0.07, 0.03))
+        dialect[phone] = lognormal(dialect_rng, (0.05, 0.05, 0.02))
+        dialect[phone] *= lognormal(rng, (0.05, 0.05, 0.02))
     vowel_space = 0.7 + 0.3 * voice.clarity             # mumbled vowels lie closer to neutral
 
     def draw(phone):
