@@ -323,12 +323,12 @@ def formant_tracks(segments, times, voice, rng):
 
 def vowel_formants(segments, neutral, voice, rng):
     """{index of a vowel's segment: (formants at its start, at its end)}, each (3,) Hz."""
-    # Every clip deviates from its subject's dialect: eight dialects could be learnt by heart.
+    # Every clip deviates from its subject's dialect, as eight dialects could be learnt by heart.
     dialect_rng = np.random.default_rng(voice.dialect)
     dialect = {}
     for phone in VOWELS + ["-Y", "-W"]:
-        dialect[phone] = lognormal(dialect_rng, (0.05, 0.05, 0.02))
-        dialect[phone] *= lognormal(rng, (0.05, 0.05, 0.02))
+        dialect[phone] = lognormal(dialect_rng, (0.04, 0.04, 0.02))
+        dialect[phone] *= lognormal(rng, (0.06, 0.06, 0.03))
     vowel_space = 0.7 + 0.3 * voice.clarity             # mumbled vowels lie closer to neutral
 
     def draw(phone):
@@ -347,7 +347,7 @@ def control_tracks(segments, times, voice, rng):
     steps = []                                          # (from this time on, source (7,))
     for i, (start, end, phone) in enumerate(segments):
         source = PHONES[phone].source.copy()
-        source[[0, 1, 6]] *= lognormal(rng, (0.4, 0.6, 0.5))
+        source[[0, 1, 6]] *= lognormal(rng, (0.3, 0.4, 0.4))
         source[2] = 10 ** (source[2] / 20) * lognormal(rng, 0.35)
         if phone in STOPS:
             next_phone = segments[i + 1][2]
