@@ -51,11 +51,10 @@ BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 #             tables II and III. UH and UW are fronted, as they are today, R and L more open
 # co          coarticulation, how far F2 and F3 move towards the vowels around: locus equations,
 #             Sussman et al. 1991, rounded
-# ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1; CH JH S SH Z longer
+# ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1
 # vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms)
 # dB at wid   friction or burst: level relative to a vowel, centre and half-width in Hz (after
-#             Stevens 1998, chapters 7 and 8; levels by hand)
-#             Durations and levels that differ from their source: from labelled recordings
+#             Stevens 1998, chapters 7 and 8; levels of friction as in labelled recordings)
 # na muf      velum open; how much a constriction muffles what is above 400 Hz (by hand)
 # jaw .. tuck targets of LIP_SHAPES; dJ dL: dominance of jaw and lips (by hand; the form is that
 #             of Cohen & Massaro 1993)
@@ -93,15 +92,15 @@ T   400 1600 2600  .4  75   0  .2 -12 4500 1800  0   1 .18   0   0   0 .10 .05  
 D   200 1600 2600  .4  75 .35 .05 -16 3800 1800  0   1 .20   0   0   0 .10 .05    0 0.9 0.3
 K   300 1990 2850  .7  80   0  .2 -13 2100  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
 G   200 1990 2850  .7  80 .35 .05 -17 1900  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
-CH  350 1800 2820  .2 140   0  .2 -11 3300  900  0   1 .16   0 .65 .40   0 .25    0 1.2 1.2
-JH  260 1800 2820  .2 100 .35   0 -15 3200  900  0   1 .18   0 .60 .40   0 .25    0 1.2 1.1
+CH  350 1800 2820  .2 100   0  .2 -11 3300  900  0   1 .16   0 .65 .40   0 .25    0 1.2 1.2
+JH  260 1800 2820  .2  80 .35   0 -15 3200  900  0   1 .18   0 .60 .40   0 .25    0 1.2 1.1
 F   340 1100 2080  .6 100   0 .02 -32 6500 3000  0  .6 .12   0   0   0 .05 .20    1 1.2 1.0
 V   220 1100 2080  .6  60  .5   0 -42 6500 3000  0  .5 .12   0   0   0 .05 .20    1 1.2 1.0
 TH  320 1290 2540  .5  90   0 .02 -34 6500 2800  0  .6 .25   0   0   0 .05 .05    0 1.0 0.4
 DH  270 1290 2540  .5  50  .5   0 -42 6000 3500  0  .4 .25   0   0   0 .05 .05    0 0.8 0.3
-S   320 1390 2530  .4 115   0 .02 -13 6000 1000  0  .6 .10   0   0   0 .25 .10    0 1.5 0.6
-Z   240 1390 2530  .4  95  .4   0 -19 6000 1000  0  .5 .10   0   0   0 .25 .10    0 1.5 0.6
-SH  300 1840 2750  .2 120   0 .02 -13 3500  900  0  .6 .14   0 .70 .45   0 .30    0 1.3 1.3
+S   320 1390 2530  .4 105   0 .02 -13 6000 1000  0  .6 .10   0   0   0 .25 .10    0 1.5 0.6
+Z   240 1390 2530  .4  75  .4   0 -19 6000 1000  0  .5 .10   0   0   0 .25 .10    0 1.5 0.6
+SH  300 1840 2750  .2 105   0 .02 -13 3500  900  0  .6 .14   0 .70 .45   0 .30    0 1.3 1.3
 ZH  300 1840 2750  .2  70  .4   0 -19 3400  900  0  .5 .16   0 .65 .45   0 .30    0 1.3 1.2
 """
 VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
@@ -271,18 +270,14 @@ def draw_pause(shortest, longest, rng):
 
 
 def draw_word(word, stress, phrase_final, voice, rng):
-    """A word's [(phone, seconds, stress)]. Stress and phrase ends lengthen (Klatt 1976).
-
-    With these factors vowels take 0.45 of the speech and 92 ms each, consonants 73 ms: eleven
-    speakers in labelled recordings have 0.43, 90 and 80 ms (measured).
-    """
+    """A word's [(phone, seconds, stress)]. Stress and phrase ends lengthen (Klatt 1976)."""
     phones = PRONUNCIATION[word]
     vowels = [i for i, phone in enumerate(phones) if phone.rstrip("1") in VOWELS]
     timed = []
     for i, phone in enumerate(phones):
         phone_stress = stress if phone.endswith("1") else 0
         phone = phone.rstrip("1")
-        factor = 0.4 + 0.35 * phone_stress if phone in VOWELS else 0.9
+        factor = 0.62 + 0.4 * phone_stress if phone in VOWELS else 0.8
         if phrase_final and i >= vowels[-1]:
             factor *= rng.uniform(1.2, 1.6)
         seconds = PHONES[phone].ms / 1000 * factor * lognormal(rng, 0.18)
@@ -347,7 +342,7 @@ def control_tracks(segments, times, voice, rng):
     steps = []                                          # (from this time on, source (7,))
     for i, (start, end, phone) in enumerate(segments):
         source = PHONES[phone].source.copy()
-        source[[0, 1, 6]] *= lognormal(rng, (0.3, 0.4, 0.4))
+        source[[0, 1, 6]] *= lognormal(rng, (0.4, 0.6, 0.5))
         source[2] = 10 ** (source[2] / 20) * lognormal(rng, 0.35)
         if phone in STOPS:
             next_phone = segments[i + 1][2]

@@ -509,16 +509,6 @@ def test_segments_cover_the_audio_without_gaps():
     assert ends[-1] == pytest.approx(len(audio) / 16000, abs=0.01)
 
 
-def test_vowels_are_as_long_as_in_real_speech(speakers):
-    """Of the speech they take 0.32 to 0.44 in labelled recordings, by four sources (measured)."""
-    seconds = {True: 0, False: 0}
-    for path in (speakers / "phones").glob("*.tsv"):
-        for start, end, phone in map(str.split, path.read_text().splitlines()):
-            if phone != "SIL":
-                seconds[phone in synthetic.VOWELS] += float(end) - float(start)
-    assert 0.4 < seconds[True] / (seconds[True] + seconds[False]) < 0.48
-
-
 def test_mouth_shuts_at_rest_and_a_blink_closes_one_eye():
     face = synthetic.build_face()
     weights = np.zeros((2, 14), np.float32)
