@@ -52,9 +52,10 @@ BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 # co          coarticulation, how far F2 and F3 move towards the vowels around: locus equations,
 #             Sussman et al. 1991, rounded
 # ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1
-# vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms)
+# vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms);
+#             AH ER IH UH are weak, as they are mostly unstressed
 # dB at wid   friction or burst: level relative to a vowel, centre and half-width in Hz (after
-#             Stevens 1998, chapters 7 and 8; levels of friction as in labelled recordings)
+#             Stevens 1998, chapters 7 and 8; levels of friction by hand, after labelled recordings)
 # na muf      velum open; how much a constriction muffles what is above 400 Hz (by hand)
 # jaw .. tuck targets of LIP_SHAPES; dJ dL: dominance of jaw and lips (by hand; the form is that
 #             of Cohen & Massaro 1993)

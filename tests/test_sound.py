@@ -138,12 +138,17 @@ def test_noise_alone_is_silence(seconds, slope):
     assert features(noise)[30:].max() <= -2.5
 
 
+def speak(subject):
+    """A sentence without its pauses at the ends, of variance 1"""
+    audio, _, segments, _ = speakers.make_clip(0, subject, 87)
+    audio = audio[int(16_000 * segments[0][1]):int(16_000 * segments[-1][0])]
+    return audio / audio.std()
+
+
 @pytest.fixture(scope="module")
 def speech():
-    """A sentence without its pauses at the ends, of variance 1; and twice, with 1 s between"""
-    audio, _, segments, _ = speakers.make_clip(0, "liam", 87)
-    audio = audio[int(16_000 * segments[0][1]):int(16_000 * segments[-1][0])]
-    audio = audio / audio.std()
+    """A sentence; and twice, with 1 s between"""
+    audio = speak("liam")
     return audio, np.concatenate([audio, np.zeros(16_000), audio])
 
 
@@ -165,9 +170,7 @@ def test_noise_20_dB_below_speech_changes_little(slope):
     """Subtracting it keeps loud steps within 4 dB of the clean ones; else they differ by 5."""
     differences = []
     for subject in ("ada", "ben", "gwen", "hugo", "iris", "kira", "liam"):
-        audio, _, segments, _ = speakers.make_clip(0, subject, 87)
-        audio = audio[int(16_000 * segments[0][1]):int(16_000 * segments[-1][0])]
-        audio = audio / audio.std()
+        audio = speak(subject)
         clean = features(0.05 * audio)
         noisy = features(0.05 * (audio + 0.1 * make_noise(len(audio), slope)))
         loud = clean.mean(dim=1) > 0
