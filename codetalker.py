@@ -55,7 +55,7 @@ class ARConfig:
     dim: int = 128              # D
     layers: int = 2
     heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.2
     mel_bands: int = 64
     audio_layers: int = 4       # dilated convolutions in the audio encoder
     motion_weight: float = 2.0  # weight of the motion loss

@@ -25,6 +25,7 @@ from support.command import (ArgumentParser, check_writable, learning_rate, numb
                              pick_device, positive, progress, resume_training, time_left,
                              training_state)
 from support.metrics import evaluate_generation, warn_if_collapsed, write_metrics
+from support.muon import Muon
 
 parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of a data set (default: the synthetic one)")
@@ -37,7 +38,7 @@ parser.add_argument("--init-audio", metavar="CHECKPOINT",
                     help="start from the audio encoder of another stage 2, such as the synthetic "
                          "data set's runs/ar/best.pt, which has learnt phones")
 parser.add_argument("--out", default="runs/ar", help="folder for the results (%(default)s)")
-parser.add_argument("--steps", type=positive, default=2400, help="training steps (%(default)s)")
+parser.add_argument("--steps", type=positive, default=1800, help="training steps (%(default)s)")
 parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
                     help="sequences per step (%(default)s)")
 parser.add_argument("--seq-len", type=positive, default=80,
@@ -49,7 +50,7 @@ parser.add_argument("--halve-lr-every", type=positive, metavar="STEPS",
 parser.add_argument("--sampling-prob", type=number(0, 1), default=0.8,
                     help="scheduled sampling: in half of the training sequences, this share of "
                          "past frames is the model's own (%(default)s)")
-parser.add_argument("--eval-every", type=positive, default=800,
+parser.add_argument("--eval-every", type=positive, default=900,
                     help="steps between evaluations (%(default)s)")
 parser.add_argument("--log-every", type=positive, default=50,
                     help="steps between log lines (%(default)s)")
@@ -89,7 +90,10 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             other, _ = load(args.init_audio, "ar", device, classes)
             model.audio_encoder.load_state_dict(other.audio_encoder.state_dict())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=True)
+    if args.preset == "small":
+        optimiser = Muon(trainable, [model.audio_encoder, model.layers], args.lr)   # [muon]
+    else:
+        optimiser = torch.optim.Adam(trainable, lr=args.lr, fused=True)
     step, log, best = 0, [], float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)

@@ -19,13 +19,14 @@ from data import open_data, random_crops
 from support.command import (ArgumentParser, check_writable, learning_rate, number, one_line_errors,
                              pick_device, positive, resume_training, time_left, training_state)
 from support.metrics import evaluate_reconstruction, warn_if_collapsed, write_metrics
+from support.muon import Muon
 
 parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", help="folder of a data set (default: the synthetic one)")
 parser.add_argument("--preset", choices=["small", "vocaset", "biwi"], default="small",
                     help="a model for laptops, or a published one: support/published.py explains")
 parser.add_argument("--out", default="runs/vq", help="folder for the results (%(default)s)")
-parser.add_argument("--steps", type=positive, default=450, help="training steps (%(default)s)")
+parser.add_argument("--steps", type=positive, default=300, help="training steps (%(default)s)")
 parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
                     help="sequences per step (%(default)s)")
 parser.add_argument("--seq-len", type=positive, default=48,
@@ -80,13 +81,17 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             model.init_from_data(motion.to(device))
         else:
             data.scale = 1.0                        # the published models take metres as they are
-    optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    parameters = list(model.parameters())
+    if args.preset == "small":
+        backbones = [model.encoder.backbone, model.decoder.backbone]
+        optimiser = Muon(parameters, backbones, args.lr)    # [muon]
+    else:
+        optimiser = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     step, log, best = 0, [], -float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
-    parameters = sum(p.numel() for p in model.parameters())
     train_clips = data.splits["train"]
-    print(f"stage 1 on {device}: {parameters:,} parameters, "
+    print(f"stage 1 on {device}: {sum(p.numel() for p in parameters):,} parameters, "
           f"{len(train_clips)} clips, {data.channels // 3} vertices")
 
     check_writable(out)
@@ -111,7 +116,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         _, codes, losses = model(motion)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not grad_norm.isfinite():
             raise ValueError(f"step {step}: the gradient is not finite; train with a lower --lr")
         optimiser.step()

@@ -9,6 +9,7 @@ What the paper chose, or its released code
     [loss]        stage 1: L1 alone. Stage 2: MSE to the true codes' vectors, and MSE of the motion
     [init]        random weights, dead codes stay dead: hours of training make up for it
     [rate]        a constant learning rate; VOCASET's stage 1 halves it every 20 epochs
+    [muon]        AdamW in stage 1, Adam in stage 2
     [audio]       wav2vec 2.0: pretrained on 960 hours of speech; its convolutions stay frozen
     [phones]      no phone loss: wav2vec 2.0 recognises speech already
     [projection]  BIWI: linear layers to the codes and from them, so that H*C need not be D

@@ -106,9 +106,9 @@ def test_read_audio_takes_one_channel_where_two_cancel(tmp_path, right, expected
 
 
 def test_the_sample_is_made_by_this_project():
-    """After a change of the voice: `cp speakers/wav/liam_sentence87.wav notebooks/hello.wav`"""
+    """After a change of the voice: `cp speakers/wav/liam_sentence91.wav notebooks/hello.wav`"""
     rate, samples = wavfile.read(ROOT / "notebooks" / "hello.wav")
-    audio, *_ = speakers.make_clip(0, "liam", 87)
+    audio, *_ = speakers.make_clip(0, "liam", 91)
     assert rate == 16_000 and samples.nbytes < 80_000
     np.testing.assert_allclose(samples / 32_767, audio, atol=1e-3)
 
