@@ -82,6 +82,7 @@ class PaperARConfig(ARConfig):
     context: int = 600
     dim: int = 1024
     layers: int = 6
+    dropout: float = 0.1
     motion_weight: float = 1.0
     motion_loss_every: int = 1
     temperature: float = 0.0            # the only one possible  [sampling]

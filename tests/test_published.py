@@ -186,6 +186,7 @@ def test_presets_have_the_published_number_of_parameters(preset, vertices, style
     assert count(autoencoder) == stage1
     assert count(model) - stage1 == stage2
     assert count(model.audio_encoder) == 94_371_712
+    assert config.dropout == 0.1            # that of PyTorch's layers, which they take
     frozen = {name.split(".")[1] for name, parameter in model.named_parameters()
               if name.startswith("audio_encoder.") and not parameter.requires_grad}
     assert frozen == {"convs", "conv_norm"}
