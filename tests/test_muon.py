@@ -41,7 +41,7 @@ def test_steps_of_hidden_matrices_are_orthogonal_and_the_others_are_adams():
     train(hidden, head, optimiser, 1)
     for name, p, old in zip(names, hidden.parameters(), before):
         change = (p - old).flatten(1) if p.ndim > 1 else p - old
-        if p.ndim > 1:                      # every direction by about lr 0.2 sqrt(max(rows, columns))
+        if p.ndim > 1:                      # a step of about lr * 0.2 * sqrt(D) in every direction
             sigma = torch.linalg.svdvals(change) / (0.01 * 0.2 * max(change.shape) ** 0.5)
             assert 0.3 < sigma[:3].min() and sigma.max() < 1.21, name
         else:                               # Adam's first step: lr, whatever the gradient's size
