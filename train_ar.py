@@ -1,7 +1,7 @@
 """
 Stage 2: learn to predict codes from speech.
 
-    python train_ar.py                              after train_vq.py; four minutes on a laptop
+    python train_ar.py                              after train_vq.py; three minutes on a laptop
     python train_ar.py --data FOLDER --vq runs/my_vq/best.pt --out runs/my_ar
     python train_ar.py --data VOCASET --preset vocaset --wav2vec2 pytorch_model.bin     (published)
 
