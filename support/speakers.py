@@ -56,8 +56,7 @@ BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 # vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms);
 #             AH ER IH UH are weak, as they are mostly unstressed
 # dB at wid   friction or burst: level relative to a vowel, centre and half-width in Hz (after
-#             Stevens 1998, chapters 7 and 8; levels and the width of bursts by hand, after
-#             labelled recordings)
+#             Stevens 1998, chapters 7 and 8; levels of friction by hand, after labelled recordings)
 # na muf      velum open; how much a constriction muffles what is above 400 Hz (by hand)
 # jaw .. tuck targets of LIP_SHAPES; dJ dL: dominance of jaw and lips (by hand; the form is that
 #             of Cohen & Massaro 1993)
@@ -89,12 +88,12 @@ HH  500 1500 2500 .95  80 .05 .07 -99 2000 2000  0   0 .40   0   0   0   0   0  
 M   480 1270 2130  .6  70 .95   0 -99 2000 2000  1 .35 .15   1 .05   0   0   0    0 0.6 0.5
 N   480 1340 2470  .4  60 .95   0 -99 2000 2000  1  .3 .22   0   0   0 .10 .05    0 0.8 0.3
 NG  480 2000 2900  .5  95 .95   0 -99 2000 2000  1  .3 .30   0   0   0 .05   0    0 0.5 0.2
-P   400 1100 2150  .8  90   0 .07 -30 1500 3000  0   1 .15   1 .05   0   0   0    0 0.6 0.5
-B   200 1100 2150  .8  85 .35 .03 -30 1200 2500  0   1 .15   1 .05   0   0   0    0 0.6 0.5
-T   400 1600 2600  .4  75   0 .07 -23 4800 2600  0   1 .18   0   0   0 .10 .05    0 1.0 0.3
-D   200 1600 2600  .4  75 .35 .03 -26 4200 2600  0   1 .20   0   0   0 .10 .05    0 0.9 0.3
-K   300 1990 2850  .7  80   0 .07 -26 2600 2200  0   1 .30   0   0   0   0   0    0 0.5 0.2
-G   200 1990 2850  .7  80 .35 .03 -28 2200 1600  0   1 .30   0   0   0   0   0    0 0.5 0.2
+P   400 1100 2150  .8  90   0 .18 -18  900 1500  0   1 .15   1 .05   0   0   0    0 0.6 0.5
+B   200 1100 2150  .8  85 .35 .05 -20  600 1200  0   1 .15   1 .05   0   0   0    0 0.6 0.5
+T   400 1600 2600  .4  75   0  .2 -12 4500 1800  0   1 .18   0   0   0 .10 .05    0 1.0 0.3
+D   200 1600 2600  .4  75 .35 .05 -16 3800 1800  0   1 .20   0   0   0 .10 .05    0 0.9 0.3
+K   300 1990 2850  .7  80   0  .2 -13 2100  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
+G   200 1990 2850  .7  80 .35 .05 -17 1900  600  0   1 .30   0   0   0   0   0    0 0.5 0.2
 CH  350 1800 2820  .2 140   0  .2 -11 3300  900  0   1 .16   0 .65 .40   0 .25    0 1.2 1.2
 JH  260 1800 2820  .2 100 .35   0 -15 3200  900  0   1 .18   0 .60 .40   0 .25    0 1.2 1.1
 F   340 1100 2080  .6 100   0 .02 -32 6500 3000  0  .6 .12   0   0   0 .05 .20    1 1.2 1.0
