@@ -632,8 +632,8 @@ class CodeTalker(nn.Module):
     def scheduled_sampling(self, codes, style, audio, sampling_prob):
         """Codes (B, T, H) in which the model's own samples replace a share of the frames.
 
-        With the ground truth alone as the past the model learns to copy the previous frame, ignores
-        the audio and drifts at inference (Bengio et al. 2015) [scheduled].
+        With the ground truth alone as the past the model relies on it more than on the audio, and
+        at inference its own errors add up (Bengio et al. 2015) [scheduled].
         Only every second sequence is changed: from the others it learns how a motion goes on that
         the audio does not determine, such as a blink.
         """
