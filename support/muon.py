@@ -31,7 +31,10 @@ def orthogonalise(matrices, steps=3):
 
 
 class Muon:
-    """Used as an optimiser of PyTorch. `modules` are the hidden layers."""
+    """Matrices of the hidden layers in `modules` learn with Muon, other `parameters` with Adam.
+
+    Used as an optimiser of PyTorch; lr is for both. ValueError for another optimiser's state.
+    """
 
     def __init__(self, parameters, modules, lr):
         self.by_shape = {}                  # matrices of one shape are orthogonalised at once
@@ -41,7 +44,7 @@ class Muon:
                 if p.ndim >= 2:             # a convolution is a matrix, (D_out, D_in * kernel)
                     self.by_shape.setdefault(p.flatten(1).shape, []).append(p)
                     hidden.add(p)
-        self.momenta = [self.stack(matrices) * 0 for matrices in self.by_shape.values()]
+        self.momenta = [torch.zeros_like(self.stack(m)) for m in self.by_shape.values()]
         others = [p for p in parameters if p not in hidden]
         self.adam = torch.optim.Adam(others, lr=lr, fused=True)
         self.param_groups = self.adam.param_groups          # the training loops set "lr" there
@@ -74,6 +77,9 @@ class Muon:
         return {"adam": self.adam.state_dict(), "momenta": self.momenta}
 
     def load_state_dict(self, state):
+        if "momenta" not in state:
+            raise ValueError("--resume: a run of this version expected, which learnt with Muon; found "
+                             "one that learnt with Adam; start anew without --resume")
         self.adam.load_state_dict(state["adam"])
         self.param_groups = self.adam.param_groups
         for momentum, saved in zip(self.momenta, state["momenta"]):

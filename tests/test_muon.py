@@ -70,3 +70,10 @@ def test_layers_without_a_gradient_stay():
     optimiser = Muon([*hidden.parameters(), *unused.parameters()], [hidden, unused], lr=0.01)
     train(hidden, head, optimiser, 2)
     assert torch.equal(unused.weight, weight)
+
+
+def test_state_of_an_earlier_version_is_refused():
+    hidden, head = make_layers()
+    optimiser = Muon([*hidden.parameters(), *head.parameters()], [hidden], lr=0.01)
+    with pytest.raises(ValueError, match="start anew without --resume"):
+        optimiser.load_state_dict(torch.optim.Adam(head.parameters()).state_dict())
