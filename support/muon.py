@@ -78,8 +78,8 @@ class Muon:
 
     def load_state_dict(self, state):
         if "momenta" not in state:
-            raise ValueError("--resume: a run of this version expected, which learnt with Muon; found "
-                             "one that learnt with Adam; start anew without --resume")
+            raise ValueError("--resume: a run of this version expected, found one that learnt with "
+                             "Adam; start anew without --resume")
         self.adam.load_state_dict(state["adam"])
         self.param_groups = self.adam.param_groups
         for momentum, saved in zip(self.momenta, state["momenta"]):
