@@ -97,6 +97,21 @@ def test_resume_is_exact(speakers, runs, tmp_path, stage):
     assert torch.equal(once["rng"], twice["rng"]) and once["best"] == twice["best"]
 
 
+def test_best_is_the_step_of_the_highest_lip_gap_correlation(speakers, runs, tmp_path, monkeypatch):
+    """Step 4 of 2, 4, 6, 8 is the best one; after step 6 the run is resumed."""
+    correlations = iter([0.3, 0.6, 0.4, 0.0, 0.5, 0.0])     # 0.0: of the test split
+
+    def evaluate(*args):
+        return evaluate_generation(*args) | {"gap_correlation": next(correlations)}
+    evaluate_generation = train_ar.evaluate_generation
+    monkeypatch.setattr(train_ar, "evaluate_generation", evaluate)
+    flags = ["--data", speakers, *TINY, "--vq", runs / "vq" / "best.pt", "--out", tmp_path]
+    assert run("train_ar.py", *flags, "--steps", 6) == 0
+    assert run("train_ar.py", *flags, "--steps", 8, "--resume") == 0
+    steps = [torch.load(tmp_path / name, weights_only=True)["step"] for name in ("best.pt", "last.pt")]
+    assert steps == [4, 8]
+
+
 def test_same_seed_same_weights(speakers, tmp_path):
     for name in ("a", "b"):
         assert run("train_vq.py", "--data", speakers, *TINY, "--steps", 2, "--out", tmp_path / name) == 0
