@@ -487,7 +487,8 @@ def synthesise(segments, voice, rng, accents=()):
     spectra /= sqrt(1 + (HERTZ / voice.spectral_tilt) ** 2)
     spectra *= exp(-muffle * np.log1p((HERTZ / 400) ** 2))
     rms = sqrt(np.mean(abs(spectra) ** 2, 1))
-    spectra /= np.percentile(rms, 85)                   # loud vowels now have power 1
+    loud = np.percentile(rms, 85) or rms.max()          # 0 if more than 85 % is pauses
+    spectra /= loud                                     # loud vowels now have power 1
 
     # Friction: the resonance of the cavity in front of the constriction, with wide skirts.
     distance = (HERTZ * voice.vocal_tract ** 0.7 - centre) / width

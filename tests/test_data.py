@@ -500,6 +500,13 @@ def test_texts_are_what_the_phones_say(dataset):
         assert [phone for _, _, phone in dataset.phones(clip) if phone != "SIL"] == expected
 
 
+def test_a_word_between_long_pauses_is_spoken():
+    segments = [(0.0, 3.0, "SIL"), (3.0, 3.1, "AA"), (3.1, 4.0, "SIL")]
+    voice = synthetic.make_subject(0, "dan").voice
+    audio = synthetic.synthesise(segments, voice, np.random.default_rng(0))
+    assert abs(audio).max() == 1 and not abs(audio[:40_000]).any()
+
+
 def test_segments_cover_the_audio_without_gaps():
     audio, _, segments, _ = synthetic.make_clip(0, "cleo", 2)
     starts = [start for start, _, _ in segments]
