@@ -504,7 +504,7 @@ def test_a_word_between_long_pauses_is_spoken():
     segments = [(0.0, 3.0, "SIL"), (3.0, 3.1, "AA"), (3.1, 4.0, "SIL")]
     voice = synthetic.make_subject(0, "dan").voice
     audio = synthetic.synthesise(segments, voice, np.random.default_rng(0))
-    assert abs(audio).max() == 1 and not abs(audio[:40_000]).any()
+    assert abs(audio).max() == 1 and abs(audio[:40_000]).max() < 1e-3
 
 
 def test_segments_cover_the_audio_without_gaps():
