@@ -15,7 +15,8 @@ themselves are in support/published.py.
 
 Shapes: B batch, T motion frames, V vertices, D model dimension, H codes per frame, C code
         dimension, N codebook size, S audio steps (4 per frame), K speaking styles
-Names:  z_e encoder output, z_q its nearest codebook vectors, z_hat what stage 2 predicts for z_q
+Names:  code the index of a codebook vector, z_e encoder output, z_q its nearest codebook vectors,
+        z_hat what stage 2 predicts for z_q, audio a recording or (B, T, D) the encoder's output
 """
 import math
 import os
@@ -128,7 +129,7 @@ class Attention(nn.Module):
         # Divide by sqrt(D/heads); the released stage 1 divides by sqrt(D) [scale].
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (..., heads, T, J)
         if mask is not None:
-            scores = scores + mask          # -inf where a query must not look
+            scores = scores + mask          # -inf where attention is not allowed
         y = scores.softmax(dim=-1) @ v                      # (..., heads, T, D/heads)
         y = y.transpose(-3, -2).flatten(-2)                 # heads side by side again: (..., T, D)
         return self.out(y)
@@ -160,7 +161,7 @@ class TemporalBackbone(nn.Module):
     """Convolution over time, then a transformer. (B, T, D) -> (B, T, D)
 
     Encoder and decoder have one each, with weights of their own. There is no positional encoding:
-    the transformer knows the order of frames from the convolution alone [position].
+    only the convolution makes the order of frames matter [position].
     """
 
     def __init__(self, config):
@@ -214,7 +215,7 @@ def straight_through(z_e, z_q):
 
 def vq_loss(z_e, z_q, beta):
     """||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, as means; sg stops the gradient."""
-    codebook_loss = F.mse_loss(z_q, z_e.detach())           # moves the codes
+    codebook_loss = F.mse_loss(z_q, z_e.detach())           # moves the codebook
     commitment_loss = F.mse_loss(z_e, z_q.detach())         # moves the encoder
     return codebook_loss + beta * commitment_loss
 
@@ -246,14 +247,13 @@ class Quantiser(nn.Module):
         z_q = self.codebook[codes]
         loss = vq_loss(z_e, z_q, self.beta)
         if self.training:
-            ones = torch.ones_like(codes, dtype=torch.float)
-            # as torch.bincount, for which a GPU would have to wait
-            self.usage.index_add_(0, codes.flatten(), ones.flatten())
+            # like torch.bincount, for which the CPU would have to wait for the GPU
+            self.usage.index_add_(0, codes.flatten(), self.usage.new_ones(codes.numel()))
         return straight_through(z_e, z_q), codes, loss
 
     @torch.no_grad()
     def reset_codes(self, which, z_e):
-        """Overwrite the codes where `which` (N,) is True with noisy encoder outputs."""
+        """Overwrite the codebook vectors where `which` (N,) is True with noisy encoder outputs."""
         candidates = z_e.flatten(0, -2)                     # (B, T, H, C) -> (B*T*H, C)
         chosen = torch.randint(len(candidates), (int(which.sum()),), device=z_e.device)
         vectors = candidates[chosen]
@@ -262,13 +262,13 @@ class Quantiser(nn.Module):
         self.usage.zero_()
 
     def reset_dead_codes(self, z_e):
-        """Overwrite the codes that were not used since the last reset [init]."""
+        """Overwrite the vectors whose codes were not used since the last reset [init]."""
         self.reset_codes(self.usage == 0, z_e)
 
 
 class MotionAutoencoder(nn.Module):
     """Stage 1. Motion is (vertices - face at rest) / scale, flattened to (B, T, V*3)."""
-    Config = VQConfig                       # of which load() makes the model again
+    Config = VQConfig                       # load() rebuilds the model from it
 
     def __init__(self, config):
         super().__init__()
@@ -288,7 +288,7 @@ class MotionAutoencoder(nn.Module):
 
     def reconstruction_loss(self, reconstruction, motion):
         # The paper has L1 alone. Its minimum is the median, "no movement" for a muscle that moves
-        # in one frame of ten. The squared error keeps such muscles from being ignored; that of the
+        # in one frame of ten. The squared error does not ignore such muscles. A squared error of
         # frame differences (VOCA, Cudeiro et al. 2019) keeps lips fast and a face at rest still
         # [loss].
         position = F.l1_loss(reconstruction, motion) + F.mse_loss(reconstruction, motion)
@@ -353,6 +353,7 @@ def mel_filterbank(bands):
 def log_mel(audio, fps, frames, bands):
     """Audio (samples,) in [-1, 1] at 16 kHz -> log-mel spectrogram (frames * 4, bands), float32.
 
+    Values are log10 of power, less noise, relative to each band's mean over speech.
     Step s is centred on (s + 1/2) / (4 fps) seconds, so audio and motion stay aligned. At 30 fps
     steps are no whole number of samples apart, so windows are cut out by index, not by torch.stft.
     Raises ValueError if there is no audio.
@@ -374,40 +375,43 @@ def log_mel(audio, fps, frames, bands):
     power = spectrum.abs().square() @ mel_filterbank(bands)             # (steps, bands)
     floor = max(1e-8 * float(power.max()), 1e-10)           # 80 dB below the loudest
     loudness = power.sum(dim=1)                             # (steps,)
+    # mean of 5 steps and 3 bands
     smooth = F.avg_pool2d(power[None], (5, 3), 1, padding=(2, 1), count_include_pad=False)[0]
-    smooth = smooth.clamp(min=floor)                        # mean of 5 steps and 3 bands
+    smooth = smooth.clamp(min=floor)
     is_noise = find_noise(smooth.log10(), loudness, fps)
 
     # Subtract the noise below speech (Boll 1979): in each band 1.5 times the power that 19 steps of
-    # 20 exceed. A band falls by 15 dB at most. Less than a second may have no step without speech.
+    # 20 exceed. A band falls by 15 dB at most. In less than a second all steps may be speech.
     if frames >= fps:
         noise = 1.5 * smooth.kthvalue(1 + len(smooth) // 20, dim=0).values      # (bands,)
         power = power * (1 - noise / smooth).clamp(min=0.03)
     mel = power.clamp(min=floor).log10()
 
-    # Subtract each band's mean over speech: the steps within 30 dB of the loudest, and 200 ms
-    # around them. This removes loudness and the frequency response of microphone and room.
+    # Subtract each band's mean over speech: the steps within 30 dB of the loudest that are no noise
+    # (unless all are), and 200 ms around them. This removes loudness and the frequency response of
+    # microphone and room.
     is_loud = (loudness >= 1e-3 * loudness.max()) & (~is_noise | is_noise.all())
     around = round(0.2 * fps * STEPS_PER_FRAME)
     speech = F.max_pool1d(is_loud[None].float(), 2 * around + 1, stride=1, padding=around)[0] > 0
     mel = mel - mel[speech].mean(dim=0)
-    return torch.where(is_noise[:, None], mel.clamp(max=-2.5), mel)     # as pauses in training
+    return torch.where(is_noise[:, None], mel.clamp(max=-2.5), mel)     # 25 dB below speech
 
 
 def find_noise(mel, loudness, fps):
     """The steps of noise that is steady for 0.3 s: mel (steps, bands), loudness (steps,) -> bool.
 
-    In such noise the mean of the lower and of the upper bands keeps within a standard deviation of
-    0.1; speech does in one of 1000 stretches, which are held vowels (measured). So noise must also
-    be 10 dB below what is not steady, if there is any beside clicks at a recording's ends.
+    Steady: the mean of the lower half of the bands and that of the upper half both have a standard
+    deviation below 0.1 (1 dB). So does one in 1000 stretches of speech, a held vowel (measured), so
+    noise must also be 10 dB below the steps that are not steady. If those are all within 8 steps of
+    the ends (clicks), everything is noise.
     """
     window = round(0.3 * fps * STEPS_PER_FRAME)
     if len(mel) < window:                                   # too short to say
         return torch.zeros(len(mel), dtype=torch.bool)
     halves = torch.stack([half.mean(dim=1) for half in mel.chunk(2, dim=1)])    # (2, steps)
     is_steady = (halves.unfold(1, window, 1).std(dim=2) < 0.1).all(dim=0)   # one per window
-    around = F.pad(is_steady[None].float(), (window - 1, window - 1))
-    steady = F.max_pool1d(around, window, stride=1)[0] > 0  # every step of a steady window
+    padded = F.pad(is_steady[None].float(), (window - 1, window - 1))
+    steady = F.max_pool1d(padded, window, stride=1)[0] > 0  # every step of a steady window
     if steady[8:-8].all():
         return torch.ones_like(steady)
     return steady & (loudness < 0.1 * loudness[~steady].quantile(0.95))
@@ -464,7 +468,8 @@ class AudioEncoder(nn.Module):
 
 
 def periodic_positions(period, dim):
-    """Sinusoidal positions that repeat, so no sequence is too long (FaceFormer). (period, dim)
+    """Sinusoidal positions (period, dim) that repeat, so no sequence is too long (FaceFormer,
+    Fan et al. 2022).
 
     P[t, 2i] = sin(t / 10000^(2i/dim)), P[t, 2i + 1] = cos(t / 10000^(2i/dim))
     """
@@ -539,9 +544,9 @@ class CodeTalker(nn.Module):
         self.style = nn.Parameter(torch.randn(config.styles, config.dim) / math.sqrt(config.dim))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.head = nn.Linear(config.dim, feature_dim, bias=False)
-        nn.init.zeros_(self.head.weight)                    # z_hat starts at 0, as in the paper
+        nn.init.zeros_(self.head.weight)                    # z_hat starts at 0, as in their code
         codebook_variance = autoencoder.quantiser.codebook.detach().var()
-        self.log_var = nn.Parameter((codebook_variance / 4).log())      # see logits(); 4 by hand
+        self.log_var = nn.Parameter((codebook_variance / 4).log())      # see logits(); 4: by trial
         self.dropout = nn.Dropout(config.dropout)
         positions = periodic_positions(config.period, config.dim)
         self.register_buffer("positions", positions, persistent=False)      # (period, D)
@@ -600,7 +605,7 @@ class CodeTalker(nn.Module):
         codes_per_frame = self.autoencoder.config.codes_per_frame
         z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
         codebook = self.autoencoder.quantiser.codebook      # (N, C)
-        # -||z_hat - e||^2 / 2 = z_hat.e - ||e||^2 / 2 and a term that is the same for all codes: a
+        # -||z_hat - e||^2 / 2 = z_hat.e - ||e||^2 / 2 + a term that is the same for all codes: a
         # linear layer whose weights are the codebook
         var = self.log_var.exp()
         return F.linear(z_hat / var, codebook, -codebook.square().sum(dim=1) / (2 * var))
@@ -615,13 +620,16 @@ class CodeTalker(nn.Module):
         return torch.searchsorted(cumulative, threshold).squeeze(-1)
 
     def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
-        """A dict of losses, to be added. To be predicted: codes (B, T, H), motion (B, T, V*3) and
-        phones (B, T), numbers below config.phones. sampling_prob: see scheduled_sampling().
+        """A dict of losses, to be added.
+
+        Inputs: mel (B, S, mel_bands), style (B, K). Targets: codes (B, T, H), motion (B, T, V*3),
+        phones (B, T) in 0 ... config.phones - 1.
         """
         audio = self.encode_audio(mel)                      # (B, T, D)
-        past = self.scheduled_sampling(codes, style, audio, sampling_prob)
-        z_hat = self.predict(self.code_vectors(past), style, audio)         # (B, T, H*C)
+        past_codes = self.scheduled_sampling(codes, style, audio, sampling_prob)
+        z_hat = self.predict(self.code_vectors(past_codes), style, audio)   # (B, T, H*C)
 
+        # sequences 0, 4, ... are among those that scheduled_sampling() changes
         every = self.config.motion_loss_every
         loss_motion = self.motion_loss(z_hat[::every], motion[::every])
         return {"code": self.code_loss(z_hat, codes),
@@ -634,19 +642,19 @@ class CodeTalker(nn.Module):
 
         With the ground truth alone as the past the model relies on it more than on the audio, and
         at inference its own errors add up (Bengio et al. 2015) [scheduled].
-        Only every second sequence is changed: from the others it learns how a motion goes on that
-        the audio does not determine, such as a blink.
+        Only every second sequence is changed: the others teach how a motion goes on that is not
+        determined by the audio, such as a blink.
         """
         if sampling_prob == 0:
             return codes
-        # Two passes, as in Mihaylova and Martins (2019): samples given the past, then the past with
-        # some of them. In the first pass a quarter of the past is random codes, so that the samples
-        # depend on the audio, too.
+        # The first of two passes (Mihaylova and Martins 2019): samples given the past. forward()
+        # makes the second, in which some of them are the past. Here a quarter of the past is random
+        # codes, so that the samples depend on the audio, too.
         half = codes[::2]                                   # (B/2, T, H)
         random_codes = torch.randint_like(half, self.autoencoder.config.codebook_size)
         is_random = torch.rand(half.shape[:2], device=codes.device) < 0.25
-        past = torch.where(is_random[..., None], random_codes, half)
-        z_hat = self.predict(self.code_vectors(past), style[::2], audio[::2])
+        past_codes = torch.where(is_random[..., None], random_codes, half)
+        z_hat = self.predict(self.code_vectors(past_codes), style[::2], audio[::2])
         own_codes = self.sample(self.logits(z_hat), temperature=1.0)        # (B/2, T, H)
         use_own = torch.rand(half.shape[:2], device=codes.device) < sampling_prob
         mixed = codes.clone()
@@ -657,15 +665,15 @@ class CodeTalker(nn.Module):
         """Cross-entropy of the true codes (B, T, H), given z_hat (B, T, H*C).
 
         The paper takes MSE(z_hat, z_q) instead [loss]. Its minimum is the mean of all plausible
-        codes, which may be far from any code.
+        z_q, which may be far from any codebook vector.
         """
-        logits = self.logits(z_hat)                         # (B, T, H, N)
-        return F.cross_entropy(logits.flatten(0, 2), codes.flatten())
+        logits = self.logits(z_hat).flatten(0, 2)           # (B, T, H, N) -> (B*T*H, N)
+        return F.cross_entropy(logits, codes.flatten())
 
     def motion_loss(self, z_hat, motion):
-        """MSE to motion (B, T, V*3) of what is decoded from the codes nearest to z_hat (B, T, H*C).
+        """MSE between motion (B, T, V*3) and the motion decoded from the codes nearest to z_hat.
 
-        The gradient goes straight through the quantiser to z_hat.
+        z_hat (B, T, H*C). The gradient goes straight through the quantiser to z_hat.
         """
         codes_per_frame = self.autoencoder.config.codes_per_frame
         z_hat = z_hat.unflatten(-1, (codes_per_frame, -1))  # (B, T, H*C) -> (B, T, H, C)
@@ -678,7 +686,8 @@ class CodeTalker(nn.Module):
         An encoder that must tell phones apart learns speech in fewer steps than from motion alone,
         which hardly shows what the tongue does.
         """
-        return F.cross_entropy(self.phone_head(audio).flatten(0, 1), phones.flatten())
+        logits = self.phone_head(audio).flatten(0, 1)       # (B, T, phones) -> (B*T, phones)
+        return F.cross_entropy(logits, phones.flatten())
 
     @torch.no_grad()
     def generate(self, audio, style, temperature=None, progress=iter):
@@ -720,7 +729,7 @@ class CodeTalker(nn.Module):
 def atomic_write(path):
     """Gives a temporary path to write to, then renames it: `path` is never half-written."""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")         # the same ending: writers go by it
+    temporary = path.with_name(f".tmp-{path.name}")         # same ending: writers go by it
     try:
         yield temporary
         os.replace(temporary, path)

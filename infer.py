@@ -57,7 +57,7 @@ OVERLAP = 60                # frames over which a chunk fades into the next
 
 
 def main(args):
-    # everything that can be refused is refused first
+    # refuse what can be refused before the model is loaded
     out = Path(args.out or "talk.html")
     if args.test and (args.wav or args.style or args.subject):
         raise ValueError("--test takes the test clips as they are: no --wav, --style, --subject")
@@ -144,7 +144,7 @@ def main(args):
 
 
 def load_model(args, device):
-    """The model, its faces, and the data set (a Faces, too); None if a recording needs none."""
+    """The model, its Faces, and the data set, itself a Faces: None where a recording needs none."""
     if args.preset != "small" or args.released:
         from support import published
     if args.released:
@@ -209,8 +209,8 @@ def faces_of_codes(model, faces, subject):
 
 
 def test(model, data, args):
-    """Metrics of every test split, as a table and as test.json, beside the checkpoint; with --out in
-    that folder, together with every motion."""
+    """Print the metrics of every test split and write test.json beside the checkpoint, or into the
+    folder --out, together with every motion."""
     start = time.time()
     checkpoint = args.released[1] if args.released else args.ar
     folder = Path(args.out or Path(checkpoint).parent)
@@ -228,7 +228,7 @@ def test(model, data, args):
             if name in results[split]:
                 print(f"    {text:58s} {results[split][name]:8.4g}")
         if args.out:
-            torch.manual_seed(args.seed)            # the first of the samples that were measured
+            torch.manual_seed(args.seed)            # as in the first round of evaluate_generation()
             motions, _ = generate_clips(model, data, clips, styles_of(data, clips))
             for clip, motion in zip(clips, motions):
                 vertices = data.vertices(motion, clip.subject)

@@ -5,9 +5,10 @@ Stage 2: learn to predict codes from speech.
     python train_ar.py --data FOLDER --vq runs/my_vq/best.pt --out runs/my_ar
     python train_ar.py --data VOCASET --preset vocaset --wav2vec2 pytorch_model.bin     (published)
 
-Every evaluation is free-running: the model is fed with its own codes, as in use. The teacher-forced
-loss also drops if the model only copies the previous frame. The lip error with another clip's audio
-is logged, too: it should be much larger.
+Every evaluation is free-running: the model is fed its own codes, as in use. The teacher-forced loss
+also drops if the model only copies the previous frame. "lip gap r" is the correlation of the
+distance between the inner lips with the ground truth's. LVE is the largest squared error of a lip
+vertex, mean over frames; with another clip's audio it should be much larger.
 
 Writes best.pt (highest correlation of the lip gap on unseen sentences), last.pt, metrics.json and
 loss.png.
@@ -43,9 +44,9 @@ parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
 parser.add_argument("--seq-len", type=positive, default=80,
                     help="frames per sequence (%(default)s)")
 parser.add_argument("--lr", type=number(1e-9, 1), default=2e-3,
-                    help="initial learning rate (%(default)s)")
+                    help="highest learning rate (%(default)s)")
 parser.add_argument("--halve-lr-every", type=positive, metavar="STEPS",
-                    help="halve the rate at every so many steps (default: it falls evenly to 0)")
+                    help="halve the rate every STEPS steps (default: it falls evenly to 0)")
 parser.add_argument("--sampling-prob", type=number(0, 1), default=0.8,
                     help="scheduled sampling: in half of the training sequences, this share of "
                          "past frames is the model's own (%(default)s)")
@@ -96,9 +97,8 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     step, log, best = 0, [], -float("inf")
     if args.resume:
         step, log, best = resume_training(checkpoint, optimiser, args)
-    parameters = sum(p.numel() for p in trainable)
     train_clips = data.splits["train"]
-    print(f"stage 2 on {device}: {parameters:,} parameters, "
+    print(f"stage 2 on {device}: {sum(p.numel() for p in trainable):,} parameters, "
           f"{len(train_clips)} clips, styles {', '.join(data.subjects)}")
 
     check_writable(out)
@@ -112,7 +112,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             data.audio_features(clip, model)                # fills the cache, on the device
     start, start_step = time.time(), step
     while step < args.steps:
-        # 1. learning rate: a short warm-up, then evenly down to 0 [rate]
+        # 1. learning rate: a short warm-up, then down to 0 or halved [rate]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(args, step)
 
@@ -120,15 +120,15 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         crops = random_crops(train_clips, args.seq_len, args.batch_size)
         motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
         code_batch = torch.stack([codes[clip.name][a:b] for clip, a, b in crops])
-        audio = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])
+        features = torch.stack([data.audio_features(clip, model, a, b) for clip, a, b in crops])
         phone_batch = torch.stack([phones[clip.name][a:b] for clip, a, b in crops])
         style = torch.stack([styles[clip.subject] for clip, _, _ in crops])
         if args.preset == "small":
-            audio = perturb_vocal_tract(audio)
+            features = perturb_vocal_tract(features)
 
         # 3. forward, backward, step
         model.train()
-        losses = model(audio, style, code_batch, motion, phone_batch, args.sampling_prob)
+        losses = model(features, style, code_batch, motion, phone_batch, args.sampling_prob)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)

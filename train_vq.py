@@ -32,9 +32,9 @@ parser.add_argument("--batch-size", type=number(1, 4096, int), default=8,
 parser.add_argument("--seq-len", type=positive, default=48,
                     help="frames per sequence (%(default)s)")
 parser.add_argument("--lr", type=number(1e-9, 1), default=4e-3,
-                    help="initial learning rate (%(default)s)")
+                    help="highest learning rate (%(default)s)")
 parser.add_argument("--halve-lr-every", type=positive, metavar="STEPS",
-                    help="halve the rate at every so many steps (default: it falls evenly to 0)")
+                    help="halve the rate every STEPS steps (default: it falls evenly to 0)")
 parser.add_argument("--codebook-size", type=number(1, 65536, int), default=256,
                     help="N, number of codes (%(default)s)")
 parser.add_argument("--codes-per-frame", type=int, choices=[1, 2, 4, 8, 16, 32, 64],
@@ -80,7 +80,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
             motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
             model.init_from_data(motion.to(device))
         else:
-            data.scale = 1.0                        # the published models take metres as they are
+            data.scale = 1.0                        # the published models take unscaled motion
     parameters = list(model.parameters())
     if args.preset == "small":
         backbones = [model.encoder.backbone, model.decoder.backbone]
@@ -98,7 +98,7 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
     data.load_motion(train_clips + data.splits["val"], device)
     start, start_step = time.time(), step
     while step < args.steps:
-        # 1. learning rate: a short warm-up, then evenly down to 0 [rate]
+        # 1. learning rate: a short warm-up, then down to 0 or halved [rate]
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(args, step)
 
@@ -107,12 +107,12 @@ def main(args, classes=(MotionAutoencoder, CodeTalker)):
         motion = torch.stack([data.motion(clip, a, b) for clip, a, b in crops])
 
         # 3. dead codes start again from encoder outputs
-        model.train()
         if args.preset == "small" and step > 0 and step % args.reset_every == 0:
             with torch.no_grad():
                 model.quantiser.reset_dead_codes(model.encoder(motion))
 
         # 4. forward, backward, step
+        model.train()
         _, codes, losses = model(motion)
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
