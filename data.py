@@ -131,7 +131,7 @@ class DataSet(Faces):
     def __init__(self, folder):
         self.folder = Path(folder)
         self.warnings = []
-        self.device = "cpu"         # of the tensors that motion(), audio_features(), style() return
+        self.device = "cpu"         # of the tensors that motion() and audio_features() return
         self.motion_cache = {}
         self.audio_cache = {}
         if not (self.folder / "vertices_npy").is_dir():
@@ -221,15 +221,16 @@ class DataSet(Faces):
                 chosen = {sentence for i, sentence in enumerate(sentences) if i % 10 in part}
                 splits[split] = [clip for clip in clips if clip.sentence in chosen]
             self.warnings.append("splits: of ten sentences eight to train, one to val, one to test")
+        splits = {split: part for split, part in splits.items() if part}
         for split in ("train", "val", "test"):
-            if not splits.get(split):
+            if split not in splits:
                 raise ValueError(f"{self.folder}: no clip in the split {split!r}, found "
                                  f"{', '.join(splits)} (name the clips of train, val and test in "
                                  "dataset.json, or record ten sentences)")
-        return {split: part for split, part in splits.items() if part}
+        return splits
 
     def measure_motion(self):
-        """Sets scale and most_active_channel from every fifth frame in train, but lost ones."""
+        """Sets scale and most_active_channel from every fifth training frame, except lost ones."""
         def squares(clip):
             motion = self.read_frames(clip)[::5] - self.templates[clip.subject]
             return np.square(motion, dtype=np.float64)
@@ -318,7 +319,8 @@ class DataSet(Faces):
     def phone_classes(self, clip):
         """The phone at the centre of each frame, as its place in phone_names: (T,) int64 tensor.
 
-        All 0 if there are no phones, so that there is one class, and nothing to be learnt.
+        Between two segments it is the later one. All 0 if there are no phones, so that there is one
+        class, and nothing to be learnt.
         """
         if not self.phone_names:
             return torch.zeros(clip.frames, dtype=torch.long)
@@ -349,15 +351,16 @@ class DataSet(Faces):
                                  f"{self.folder} has {found:g}; give the folder it was trained on "
                                  "as --data")
         self.scale = trained.scale
-        self.subjects = trained.subjects
         self.most_active_channel = trained.most_active_channel
+        if "styles" in checkpoint["config"]:                # stage 1 has none
+            self.subjects = trained.subjects
 
 
 def far_frames(means):
     """Which frames are lost (zeros) or spiked: [mean squared displacement (T,)] -> [bool (T,)]
 
-    Those with more than five times the root mean square displacement that nine frames in ten keep
-    within. In clean data, synthetic and captured, no frame has more than 2.2 times; zeros have 35.
+    Those whose root mean square displacement is more than five times the 90th percentile of all
+    frames. Measured: in clean data, synthetic and captured, at most 2.2 times; lost frames, 35.
     """
     limit = 5 ** 2 * np.percentile(np.concatenate(means), 90) if means else 0
     return [mean > limit for mean in means]

@@ -224,6 +224,8 @@ def test(model, data, args):
               f"{len(data.lips)} lip and {len(data.upper_face)} upper-face vertices")
         if unseen:
             print(f"unseen subjects, mean over {len(data.subjects)} styles: {', '.join(unseen)}")
+        if not data.to_mm:
+            print("dataset.json states no unit: mm and mm2 stand for the data's own unit")
         for name, text in METRIC_NAMES.items():
             if name in results[split]:
                 print(f"    {text:58s} {results[split][name]:8.4g}")

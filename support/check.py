@@ -2,7 +2,8 @@
 python data.py check FOLDER: what is wrong with a data set, in plain words.
 
 What new users get wrong most often is the scale of the vertices, the frame rate, displacements
-instead of vertices, and missing templates. None of these stops training; the faces just never move.
+instead of vertices, and missing templates. Only the last stops training; with the others the model
+learns something else.
 """
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def extent(face):
 
 
 def check_still(vertices, subject, templates):
-    """A finding about a clip's vertices (T, V, 3), or None; so do the three checks below."""
+    """A finding about a clip's vertices (T, V, 3), or None; likewise the three checks below."""
     if np.ptp(vertices, axis=0).max() <= 1e-6 * np.abs(vertices).max():
         return "no motion, all frames are alike: remove the clip, or export it again"
 
@@ -70,7 +71,7 @@ def check_position(vertices, subject, templates):
 
 
 def check_dataset(folder):
-    """What is wrong with a data set: findings, a line each; and a summary, a line or two.
+    """What is wrong with a data set: findings, a line each; and a summary, one line or none.
 
     ValueError if there is no such folder.
     """
@@ -170,8 +171,13 @@ def check_dataset(folder):
 def check_time(lengths, stated_fps):
     """Findings {text: names} about frame rates. lengths {clip name: (frames, seconds of sound)}"""
     findings = {}
-    measured, is_usual = find_fps(lengths.values()) if lengths else (stated_fps, True)
-    if abs(measured / float(stated_fps) - 1) > 0.05 if stated_fps else not is_usual:
+    if not lengths:
+        return findings
+    measured, is_usual = find_fps(lengths.values())
+    is_wrong = not is_usual
+    if stated_fps:
+        is_wrong = abs(measured / float(stated_fps) - 1) > 0.05
+    if is_wrong:
         text = (f"{measured:.3g} frames per second of sound: {stated_fps or USUAL_FPS} fps "
                 "expected; cut or resample the motion, or state the right fps in dataset.json")
         findings[text] = []

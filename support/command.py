@@ -29,7 +29,7 @@ def number(low, high, kind=float):
             value = math.nan
         if not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
-            message = f"{name} from {low:g} to {high:g} expected, found {text}"
+            message = f"{name} from {low:,} to {high:,} expected, found {text}"
             raise argparse.ArgumentTypeError(message)
         return value
     return read
@@ -116,8 +116,8 @@ def free_memory(device):
 
 
 def learning_rate(args, step):
-    """Of one step: a warm-up of 20 steps, then a straight line to 0 at --steps; with
-    --halve-lr-every halved at fixed steps instead, as the paper does."""
+    """args.lr, times a warm-up over 20 steps, times a straight line from 1 at step 0 to 0 at
+    --steps; with --halve-lr-every it is halved at fixed steps instead, as the paper does."""
     decay = 1 - step / args.steps
     if args.halve_lr_every:
         decay = 0.5 ** (step // args.halve_lr_every)

@@ -179,6 +179,8 @@ def read_description(folder):
             raise ValueError("an object {...} expected")
         if not 0 < float(description.get("fps", 30)) < 1000:
             raise ValueError(f"fps between 0 and 1000 expected, found {description['fps']}")
+        if int(description.get("frame_stride", 1)) < 1:
+            raise ValueError(f"frame_stride from 1 expected, found {description['frame_stride']}")
         splits = description.get("splits", {})
         if not isinstance(splits, dict) or not all(isinstance(v, list) for v in splits.values()):
             raise ValueError('"splits": {"train": [clip names], ...} expected')
@@ -200,7 +202,10 @@ def read_description(folder):
 
 
 def match_splits(folder, splits, clips):
-    """"splits" of dataset.json, its names without .npy or .wav; ValueError if one is no clip."""
+    """"splits" of dataset.json, its names without .npy or .wav.
+
+    ValueError if a name is no clip, or is in train and in another split.
+    """
     matched = {}
     for split, names in splits.items():
         matched[split] = [re.sub(r"\.(npy|wav)$", "", str(name), flags=re.I) for name in names]
@@ -209,6 +214,11 @@ def match_splits(folder, splits, clips):
             raise ValueError(f"{folder}/dataset.json: splits: {split}: {len(missing)} of "
                              f"{len(names)} names match no clip with motion and sound: "
                              f"{some(missing)}; correct them, or leave them out")
+    for split in matched.keys() - {"train"}:
+        shared = [name for name in matched[split] if name in matched.get("train", [])]
+        if shared:
+            raise ValueError(f"{folder}/dataset.json: splits: {len(shared)} clips of {split} are "
+                             f"in train, too: {some(shared)}; leave them out of one")
     return matched
 
 
@@ -244,7 +254,7 @@ def read_obj(content):
     return vertices, polygons
 
 
-# Where numpy calls it otherwise.
+# PLY's types that numpy does not know (char), or knows with another size (int has 8 bytes there).
 PLY_TYPES = {"char": "i1", "uchar": "u1", "int": "i4", "uint": "u4", "float": "f4"}
 
 
@@ -270,7 +280,7 @@ def read_ply(content):
         for row in rows[name]:
             for length, kind, label in properties:
                 row[label] = [take(kind) for _ in range(int(take(length) if length else 1))]
-    vertices = [row["x"] + row["y"] + row["z"] for row in rows["vertex"]]
+    vertices = [[*row["x"], *row["y"], *row["z"]] for row in rows["vertex"]]    # each is a list
     polygons = [row.get("vertex_indices") or row["vertex_index"] for row in rows.get("face", [])]
     return vertices, [[int(corner) for corner in polygon] for polygon in polygons]
 
@@ -286,8 +296,8 @@ def vertex_list(description, name, shape, vertices):
     except ValueError:                              # rows of different length
         fits = False
     if not fits:
-        raise ValueError(f"dataset.json: {name}: a list of shape {shape} of vertices 0 to "
-                         f"{vertices - 1} expected")
+        raise ValueError(f"{name} (from dataset.json, regions/ or a mesh): a list of shape {shape} "
+                         f"of vertices 0 to {vertices - 1} expected")
     return array
 
 

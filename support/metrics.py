@@ -17,7 +17,7 @@ from codetalker import atomic_write
 from support.command import progress
 
 METRIC_NAMES = {
-    "lve": "LVE: largest squared lip distance, mean over frames, mm2",
+    "lve": "LVE: largest squared lip error, mean over frames, mm2",
     "lve_mm": "its square root, mm",
     "lve_wrong_audio": "LVE with another clip's audio, mm2",
     "fdd": "FDD: upper-face dynamics, ground truth - generated, mm2",
@@ -70,8 +70,9 @@ def wasserstein(pred, gt):
     """Distance between the distributions of poses and speeds; lists of (T, V, 3) of equal lengths.
 
     It compares how often each value occurs, not when: a brow raise at a different time costs
-    nothing, a missing one does. For each coordinate it takes the Wasserstein distance (with as many
-    samples on both sides, the mean difference of sorted values) over gt's standard deviation.
+    nothing, a missing one does. It is the Wasserstein distance of a coordinate (with as many
+    samples on both sides, the mean difference of sorted values) over gt's standard deviation, both
+    as means over all coordinates; then the mean of positions and speeds.
     """
     distances = []
     for order in (0, 1):                            # positions, then frame-to-frame differences
@@ -83,7 +84,7 @@ def wasserstein(pred, gt):
 
 
 def count_rises(curve, threshold):
-    """How often a curve (T,) rises above a threshold, having been below half of it before."""
+    """How often a curve (T,) rises above a threshold, from below half of it or at its start."""
     rises = 0
     is_low = True
     for value in curve:
@@ -134,7 +135,8 @@ def perplexity(counts):
 
 
 def wrong_audio_partner(clips, i):
-    """Another clip, of its subject where there is one, for its motion; None if there is none."""
+    """Index of another clip, of clip i's subject if there is one, whose motion was not generated
+    from clip i's audio; None if there is no other."""
     others = [j for j in range(len(clips)) if j != i]
     others = [j for j in others if clips[j].subject == clips[i].subject] or others
     later = [j for j in others if j > i]
@@ -159,7 +161,7 @@ def compute_metrics(data, clips, motions):
         upper_wasserstein       distance of the upper face's distributions
         and those of upper_face_metrics()
     """
-    unit = (data.to_mm or 1.0) ** 2
+    to_mm2 = (data.to_mm or 1.0) ** 2
     lve, lve_wrong_audio, gap_correlation, fdd = [], [], [], []
     variance, upper_variance, upper_pred, upper_gt = [], [], [], []
     residual = total = 0.0
@@ -175,7 +177,7 @@ def compute_metrics(data, clips, motions):
         upper = data.upper_face
         std_gt = upper_face_std(gt - template, upper)
         std_pred = upper_face_std(pred - template, upper)
-        fdd.append(unit * (std_gt - std_pred))
+        fdd.append(to_mm2 * (std_gt - std_pred))
         variance.append([motion_variance(pred), motion_variance(gt)])
         upper_variance.append([motion_variance(pred[:, upper]), motion_variance(gt[:, upper])])
         upper_pred.append(pred[:, upper] - template[:, upper])
@@ -189,10 +191,11 @@ def compute_metrics(data, clips, motions):
 
     sums = np.sum(variance, axis=0)
     upper_sums = np.sum(upper_variance, axis=0)
-    lve = unit * float(np.concatenate(lve).mean(dtype=np.float64))
-    wrong = unit * float(np.concatenate(lve_wrong_audio or [[math.nan]]).mean(dtype=np.float64))
+    mean_lve = to_mm2 * float(np.concatenate(lve).mean(dtype=np.float64))
+    wrong_errors = np.concatenate(lve_wrong_audio or [[math.nan]])
+    mean_lve_wrong = to_mm2 * float(wrong_errors.mean(dtype=np.float64))
     return {"r2": 1 - ratio(residual, total), "gap_correlation": float(np.mean(gap_correlation)),
-            "lve": lve, "lve_mm": lve ** 0.5, "lve_wrong_audio": wrong,
+            "lve": mean_lve, "lve_mm": mean_lve ** 0.5, "lve_wrong_audio": mean_lve_wrong,
             "fdd": float(np.mean(fdd)), "fdd_abs": float(np.abs(fdd).mean()),
             "variance_ratio": ratio(*sums), "upper_variance_ratio": ratio(*upper_sums),
             "upper_wasserstein": wasserstein(upper_pred, upper_gt),
@@ -222,7 +225,9 @@ def evaluate_reconstruction(model, data, split):
 
 @torch.no_grad()
 def generate_clips(model, data, clips, styles):
-    """For the audio of each clip, in the style of a training subject: lists of motion and codes.
+    """Generate from each clip's audio, in the style of the training subject styles[i].
+
+    Returns motions, (T, V*3) on the CPU, and codes, (T, H) on the model's device, of each clip.
 
     Only the frame-by-frame loop runs in batches, since it is causal; what looks ahead, the audio
     encoder and the decoder, takes the clips one by one, without padding.
@@ -250,8 +255,8 @@ def generate_clips(model, data, clips, styles):
 
 
 def styles_of(data, clips, i=0):
-    """A style for each clip: a training subject's own; each unseen subject has another one, which
-    changes with i."""
+    """For each clip the training subject whose style it gets: its own; for each unseen subject one
+    of them, which changes with i."""
     style_for = {name: name for name in data.subjects}
     unseen = sorted({clip.subject for clip in clips} - set(data.subjects))
     for j, name in enumerate(unseen):
@@ -285,7 +290,7 @@ def evaluate_generation(model, data, split, every_style=False, seed=0):
 
 
 def warn_if_collapsed(metrics, codebook_size, step, uses_audio):
-    """Print a line for each way in which training fails without an error, from step 200 on.
+    """Print a line for each way in which training fails silently, from step 200 on (R2: 100).
 
     Healthy runs are far from these limits: from step 150 on a perplexity above N / 4, a variance
     ratio above 0.7, a lip error four times as large with the wrong audio.

@@ -4,7 +4,7 @@ Muon, the optimiser of both stages (Jordan et al. 2024, https://kellerjordan.git
 The gradient of a weight matrix mostly has a few large singular values, so that a step changes the
 matrix in a few directions alone. Muon sets all singular values to 1: the other directions, in which
 rare sounds and motions are learnt, move as fast. It is for the matrices of hidden layers; Adam is
-for all that is no matrix and for the layers at either end.
+for all that is no matrix and for the layers that read or write motion, codes and phones.
 
 torch.optim.Muon does the same, but not for convolutions, and in bfloat16, which takes twenty times
 as long on a processor that does not know that type (measured).

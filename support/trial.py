@@ -40,7 +40,9 @@ class VertexRegressor(CodeTalker):
 
     def forward(self, mel, style, codes, motion, phones, sampling_prob=0.0):
         audio = self.encode_audio(mel)
-        with torch.no_grad():               # as in scheduled_sampling(), but in all sequences
+        # as in scheduled_sampling(), but in all sequences; the past of the first pass is another
+        # sequence's motion in place of random codes, so that it must use the audio
+        with torch.no_grad():
             own_motion = self.predict(motion.roll(1, dims=0), style, audio)
         use_own = torch.rand(codes.shape[:2], device=mel.device) < sampling_prob
         past = torch.where(use_own[..., None], own_motion, motion)
@@ -106,8 +108,8 @@ def run(row, seed, args):
         ar = Namespace(data=args.data, seed=seed, out=f"{folder}/ar", vq=f"{folder}/vq/best.pt")
         train_vq.main(train_vq.parser.parse_args(vq_flags.split(), vq), classes)
         train_ar.main(train_ar.parser.parse_args(ar_flags.split(), ar), classes)
-    model, _ = load(folder / "ar/best.pt", "ar", classes=classes)
-    data = open_data(args.data)
+    model, checkpoint = load(folder / "ar/best.pt", "ar", classes=classes)
+    data = open_data(args.data, checkpoint)
     clips = data.splits["test"]
     styles = [clip.subject if clip.subject in data.subjects else style
               for clip, style in zip(clips, itertools.cycle(data.subjects))]
@@ -121,15 +123,18 @@ def run(row, seed, args):
 
 
 def real_takes(data, borrow):
-    """Other takes of the synthetic test clips, as of a perfect model; or with borrowed gestures."""
+    """Other takes of the synthetic test clips, as of a perfect model: [take][clip] (T, V*3).
+
+    borrow: with another subject's gestures.
+    """
     takes = [[] for _ in range(TAKES)]
     for clip, style in zip(data.splits["test"], itertools.cycle(data.subjects)):
-        subject = speakers.make_subject(0, clip.subject)
+        subject = speakers.make_subject(0, clip.subject)    # cached: make_clip() sees what changes
         gestures = subject.gestures
         if borrow:
             subject.gestures = speakers.make_subject(0, style).gestures
         sentence = int(clip.sentence.removeprefix("sentence"))
-        for take, motions in enumerate(takes, 1):
+        for take, motions in enumerate(takes, 1):           # take 0 is the ground truth
             _, vertices, _, _ = speakers.make_clip(0, clip.subject, sentence, take)
             motion = vertices.reshape(clip.frames, -1) - data.templates[clip.subject]
             motions.append(torch.from_numpy(motion / data.scale))

@@ -370,6 +370,14 @@ def test_faces_travel_in_a_checkpoint(dataset, tmp_path):
     assert np.array_equal(faces.triangles, dataset.triangles) and faces.lips == dataset.lips
 
 
+def test_styles_come_from_a_checkpoint_of_stage_2_alone(dataset, speakers):
+    """Stage 1 has no styles: stage 2 may learn those of subjects that stage 1 did not see."""
+    trained = dataset.metadata() | {"subjects": ["nora"], "scale": 2.0}
+    for config, subjects in (({}, ["ada", "ben"]), ({"styles": 1}, ["nora"])):
+        read = data.open_data(speakers, {"dataset": trained, "config": config})
+        assert read.subjects == subjects and read.scale == 2.0
+
+
 def test_random_crops_are_equally_long_and_reach_both_ends():
     torch.manual_seed(0)
     clips = [data.Clip("a_1", "a", 10), data.Clip("a_2", "a", 30)]
@@ -443,6 +451,12 @@ DAMAGE = {
     "lips out of range": (lambda f: describe(f, lips=[9999]), "lips", "lips"),
     "ragged triangles": (lambda f: describe(f, triangles=[[0, 1, 2], [0]]), "triangles", "triangles"),
     "texts are a list": (lambda f: describe(f, texts=["hello"]), "texts", "texts"),
+    "stride is a list": (lambda f: describe(f, frame_stride=[2]), "dataset.json", "dataset.json"),
+    "stride -1": (lambda f: describe(f, frame_stride=-1), "frame_stride from 1", "frame_stride from 1"),
+    "fps in quotes, no wav": (lambda f: (describe(f, fps="30"), shutil.rmtree(f / "wav")),
+                              "motion without sound", "no clip has both"),
+    "train is test": (lambda f: describe(f, splits=dict.fromkeys(["train", "val", "test"], ["ada_sentence01"])),
+                      "are in train, too", "are in train, too"),
     "no test split": (lambda f: describe(f, splits={"train": ["ada_sentence01"]}), "'val'", "'val'"),
 }
 
