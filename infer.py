@@ -134,7 +134,7 @@ def main(args):
     elif out.suffix == ".csv":
         arkit.write_csv(out, pred, faces, subject)
     elif out.suffix == ".glb":
-        view.write_glb(out, pred, faces, frames / faces.fps)
+        view.write_glb(out, pred, faces)
     elif out.suffix == ".png":
         stills = view.pick_stills(segments, frames, faces.fps)
         view.write_sheet(out, pred, faces, stills, codes[0].cpu().numpy())

@@ -35,9 +35,10 @@ ARKIT_NAMES = {                     # of speakers.BLENDSHAPES, after Apple's des
     "brow_left": "BrowOuterUpLeft BrowInnerUp", "brow_right": "BrowOuterUpRight BrowInnerUp",
     "blink_left": "EyeBlinkLeft", "blink_right": "EyeBlinkRight",
     "squint": "EyeSquintLeft EyeSquintRight", "cheek": "MouthSmileLeft MouthSmileRight"}
-# What dataset.json would say of such data. Three channels are a vertex: 5 to 13 are jaw and mouth.
+# What dataset.json would say of such data. Three channels are a vertex, so regions are not exact:
+# 5 to 13 are jaw, mouth and BrowDownLeft; 4 has JawForward; 16 and 17 are in neither list.
 DESCRIPTION = {"channel_names": NAMES, "lips": [*range(5, 14)], "upper_face": [*range(5), 14, 15]}
-MAX_LOST = 15                       # rows in which no face was seen, a quarter of a second
+MAX_LOST = 15                       # rows in which no face was seen: 1/4 s at 60 fps
 OPENING = 0.25                      # of the jaw, see fit(): residual 0.8 %; with 1 it is 1.8 %
 
 
@@ -53,7 +54,9 @@ def read_csv(path):
         order = [header.index(name.lower()) for name in NAMES]
         seen = [t for t, row in enumerate(rows) if float(row[1])]
         lost = max(np.diff(seen, prepend=-1, append=len(rows))) - 1
-        if not seen or lost > MAX_LOST:
+        if not seen:
+            raise ValueError(f"no face in any of {len(rows)} rows")
+        if lost > MAX_LOST:
             raise ValueError(f"no face in {lost} rows; cut the recording there")
         weights = np.array([[rows[t][i] for i in order] for t in seen], np.float32)
     except (ValueError, IndexError, OSError, csv.Error) as error:
@@ -69,7 +72,7 @@ def can_write(faces):
 
 
 def write_csv(path, vertices, faces, subject):
-    """Vertices (T, V, 3) of such a model, as Live Link Face would write them."""
+    """Vertices (T, V, 3), of a model that can_write() accepts, as a csv of Live Link Face."""
     frames = len(vertices)
     if faces.channel_names:
         weights = vertices.reshape(frames, -1)[:, :len(NAMES)]          # without padding
@@ -90,13 +93,14 @@ def fit(vertices, template):
     """Vertices (T, V, 3) of the synthetic face, its template (V, 3) -> weights (T, 52) in 0..1, and
     the share of the motion's variance that they leave: non-negative least squares in each frame.
 
-    Closed lips hold each other, so a shape is what it adds to a slightly open mouth. MouthClose
-    closes a mouth whose JawOpen is 1, as Apple has it: `close` over the opening.
+    apply_blendshapes() stops lips where they touch, so a shape is measured as what it adds to a
+    slightly open mouth. With Apple, equal JawOpen and MouthClose shut the mouth: so `close`, which
+    shuts a jaw opened by OPENING, is divided by OPENING.
     """
     face = build_face()
     each = np.eye(len(BLENDSHAPES))
     before = np.zeros_like(each)
-    before[1:, 0] = OPENING             # of the jaw, but for the jaw, which opens a shut mouth
+    before[1:, 0] = OPENING             # the jaw is opened first, except for its own shape
     after = np.maximum(before, each)
     shapes = apply_blendshapes(face, template, after)
     shapes -= apply_blendshapes(face, template, before)

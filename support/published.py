@@ -1,14 +1,14 @@
 """
-The published models, VOCASET's and BIWI's of the paper: what they do otherwise than codetalker.py.
+The two published models, for VOCASET and BIWI: how they differ from codetalker.py.
 
     python -m support.published convert --vocaset FOLDER --out vocaset      VOCASET as downloaded
     python -m support.published describe FOLDER     VOCASET or BIWI in FaceFormer's layout
 
 What the paper chose, or its released code
-    [norm]        InstanceNorm over time in both backbones: it lowers the reconstruction error
+    [norm]        InstanceNorm over time in both backbones
     [loss]        stage 1: L1 alone. Stage 2: MSE to the true codes' vectors, and MSE of the motion
-    [init]        random weights, dead codes stay dead: hours of training make up for it
-    [rate]        a constant learning rate; VOCASET's stage 1 halves it every 20 epochs
+    [init]        random weights; dead codes are not reset
+    [rate]        constant after 20 steps of warm-up; VOCASET's stage 1 halves it every 20 epochs
     [muon]        AdamW in stage 1, Adam in stage 2
     [audio]       wav2vec 2.0: pretrained on 960 hours of speech; its convolutions stay frozen
     [phones]      no phone loss: wav2vec 2.0 recognises speech already
@@ -29,7 +29,7 @@ What the released code does by accident is put into the weights by import_releas
 
 What is left out
     [dropout]     released layers also drop attention weights, hidden units and, in wav2vec 2.0,
-                  entire layers; here dropout stands before each residual connection alone
+                  entire layers; here only the inputs of a transformer and its residual branches
 
 Shapes as in codetalker.py, and k audio steps per frame
 """
@@ -84,13 +84,12 @@ class PaperARConfig(ARConfig):
     layers: int = 6
     dropout: float = 0.1
     motion_weight: float = 1.0
-    motion_loss_every: int = 1
     temperature: float = 0.0            # the only one possible  [sampling]
     audio_steps_per_frame: int = 1      # k. 1: audio steps are resampled to the frame rate
     wav2vec2: dict = field(default_factory=WAV2VEC2_BASE.copy)
 
 
-# fields of PaperVQConfig, fields of PaperARConfig; the period is a second, 30 and 25 frames
+# fields of PaperVQConfig, fields of PaperARConfig; train_ar.py sets the period, a second
 PRESETS = {
     "vocaset": ({}, {}),
     "biwi": ({"codes_per_frame": 8, "code_dim": 128, "code_projection": True},
@@ -236,7 +235,7 @@ class Wav2Vec2(nn.Module):
         return torch.where(mask[..., None], self.mask_embedding, x)
 
 
-PIECE = 600                             # frames; what the released code can do is never cut
+PIECE = 600                             # frames: the released code takes no more
 OVERLAP = 60                            # frames
 
 
@@ -443,7 +442,7 @@ def count_layers(weights, prefix):
 
 @contextmanager
 def expect(path, what):
-    """Around code that reads a file: whatever another file leads to becomes one line."""
+    """Around code that reads a file: any error in it becomes a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -574,13 +573,16 @@ def open_released(stage1, stage2, folder):
         templates = read_templates(folder / "templates.pkl")
         vertices = next(iter(templates.values())).size // 3
         triangles = vertex_list(read_description(folder), "triangles", (-1, 3), vertices)
-        data = Faces(model.config.period, None, [], templates, triangles, None, [], [], None)
+        data = Faces(fps=model.config.period, unit=None, subjects=[], templates=templates,
+                     triangles=triangles, colours=None, lips=[], upper_face=[], lip_gap=None)
     for found, expected, unit in (
             (data.channels, 3 * model.autoencoder.config.vertices, "motion channels"),
             (data.fps, model.config.period, "frames per second")):
         if found != expected:
-            raise ValueError(f"{folder}: {expected} {unit} expected by {stage1}, found {found:g}")
-    data.scale = 1.0                                        # the model's motion is in metres
+            raise ValueError(f"{folder}: {expected} {unit} expected by the released model, found "
+                             f"{found:g}")
+    data.scale = 1.0                            # the model's motion is in the unit of the data
+    print(f"{folder}: scale: 1 instead, as the released models take motion in the data's unit")
     if len(data.subjects) != model.config.styles:
         data.subjects = [str(i) for i in range(model.config.styles)]
     return model, data
@@ -627,7 +629,7 @@ def describe_clips(name, present):
 
 
 def read_sentences(path):
-    """A pickle subject -> sentence -> content -> {SUBJECT_sentenceNN: content}, if not empty."""
+    """A pickle {subject: {sentence: content}} -> {SUBJECT_sentenceNN: content}, no empty ones."""
     sentences = {}
     with expect(path, "subject -> sentence -> content as in VOCASET"):
         for subject, contents in load_arrays(path).items():

@@ -35,12 +35,13 @@ FPS = 30                            # motion frames per second
 SUBJECTS = {"train": ["ada", "ben", "cleo", "dan", "eva", "finn", "gwen", "hugo"],
             "val": ["iris", "jack"],
             "test": ["kira", "liam"]}               # 8, 2 and 2, as in VOCASET
+# Numbers of each subject's sentences. The same number stands for other words with every subject.
 SENTENCES = {"train": range(1, 66),
              "val": range(66, 86),
              "test": range(86, 106)}
 LIP_SHAPES = ("jaw", "close", "protrude", "round", "spread", "raise_upper", "tuck")
 UPPER_FACE_SHAPES = ("blink_left", "blink_right", "brow_left", "brow_right",
-                     "frown", "squint", "cheek")
+                     "frown", "squint", "cheek")        # cheek: a smile, so it moves the lips, too
 BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 
 # -----------------------------------------------------------------------------
@@ -49,8 +50,8 @@ BLENDSHAPES = LIP_SHAPES + UPPER_FACE_SHAPES
 # One line per phone (ARPAbet; -Y and -W are the second halves of diphthongs)
 # F1 F2 F3    formants of men, Hz: vowels Peterson & Barney 1952, table II; the rest Klatt 1980,
 #             tables II and III. UH and UW are fronted, as they are today, R and L more open
-# co          coarticulation, how far F2 and F3 move towards the vowels around: locus equations,
-#             Sussman et al. 1991, rounded
+# co          coarticulation, the share of the way that F2 and F3 move towards the vowels around
+#             (F1: half of it): locus equations, Sussman et al. 1991, rounded
 # ms          inherent duration: Allen, Hunnicutt & Klatt 1987, table 9-1; CH JH S Z SH longer,
 #             after labelled recordings
 # vc asp      amplitude of glottal pulses and of aspiration (by hand, after spectrograms);
@@ -180,23 +181,23 @@ CLAUSES = ["det noun verb det noun", "pron aux verb det adj noun", "det adj noun
 
 
 def make_sentence(rng):
-    """Draw a list of 4 to 8 words; "," stands for a pause."""
+    """Draw a list of 5 to 8 words; "," stands for a pause."""
     kinds = rng.choice(CLAUSES).split()
-    if rng.random() < 0.85:                     # a second, shorter clause, mostly after a pause
+    if rng.random() < 0.85:                     # five words, mostly a pause, a shorter clause
         pause = [","] if rng.random() < 0.7 else []
         kinds = kinds[:5] + pause + ["conj", "pron", "verb"]
     return ["," if kind == "," else str(rng.choice(WORDS[kind])) for kind in kinds]
 
 
 def lognormal(rng, deviation, size=None):
-    """A random factor around 1."""
+    """Random factors with median 1; deviation: the standard deviation of their logarithm."""
     return exp(rng.normal(0, deviation, size))
 
 
 def make_voice(rng, height):
     """Draw a voice; height 0 is the lowest, 1 the highest.
 
-    Higher voices have shorter vocal tracts on average, as from men over women to children.
+    Higher voices have shorter vocal tracts on average, as from men to women to children.
     """
     pitch = 80 * 3.5 ** height
     vocal_tract = 1.03 - 0.17 * np.log2(pitch / 100) + rng.normal(0, 0.06)
@@ -235,7 +236,8 @@ def vary_voice(voice, rng):
 def assign_durations(words, voice, rng):
     """Segments [(start s, end s, phone)] without gaps, and accents [(time s, strength)].
 
-    An accent lies on each stressed vowel; its strength is 0.5, in the one emphasised word 1.2.
+    An accent lies on each stressed vowel, with strength 0.5, or 1.2 in the emphasised word. That is
+    drawn from all words and pauses; in half of the clips it has no stressed vowel.
     ValueError for a word that is not in LEXICON.
     """
     unknown = set(words) - set(PRONUNCIATION) - {","}
@@ -394,7 +396,8 @@ HERTZ = fft.rfftfreq(N_FFT, 1 / SAMPLE_RATE).astype(np.float32)     # (257,)
 def glottis(times, accents, voicing, breath, voice, rng):
     """Glottal pulses and breath noise -> (n * HOP,); times, voicing, breath (n,).
 
-    The pulses are KLGLOTT88's: 2 u - 3 u^2 while the vocal folds are open (Klatt & Klatt 1990).
+    While the vocal folds are open, a pulse is the derivative of KLGLOTT88's flow u^2 - u^3
+    (Klatt & Klatt 1990).
     """
     n = len(times)
     declination = 0.5 - times / times[-1]
@@ -417,22 +420,22 @@ def glottis(times, accents, voicing, breath, voice, rng):
     open_quotient = 0.5 + 0.3 * voice.breathiness
     u = (phase - cycle) / open_quotient                 # 0..1 while the folds are open
     shimmer = lognormal(rng, voice.shimmer, cycle[-1] + 1)
-    flow = 2 * u - 3 * u * u
-    pulses = where(u < 1, flow, 0) * shimmer[cycle]
+    pulse = 2 * u - 3 * u * u
+    pulses = where(u < 1, pulse, 0) * shimmer[cycle]
     noise = rng.standard_normal(n * HOP) * where(u < 1, 1, 0.5)
     pulses += 0.03 * 6 ** voice.breathiness * noise
     amplitude = to_samples(voicing * exp(loudness))
     return amplitude * pulses + 0.5 * to_samples(breath) * noise
 
 
-def resonator(frequency, bandwidth):
-    """1 / response of Klatt's digital resonator, 1 at 0 Hz; Hz, scalar or (n, 1) -> (n, 257)."""
+def antiresonator(frequency, bandwidth):
+    """1 / response of Klatt's resonator, 1 at 0 Hz. In Hz: scalar -> (257,), (n, 1) -> (n, 257)."""
     z = exp(-2j * pi * HERTZ / SAMPLE_RATE).astype(np.complex64)
     radius = exp(-pi * bandwidth / SAMPLE_RATE).astype(np.float32)
     b = -2 * radius * cos(2 * pi * frequency / SAMPLE_RATE)
     b = b.astype(np.float32)
-    response = 1 + z * (b + radius ** 2 * z)
-    return response / (1 + b + radius ** 2)
+    inverse = 1 + z * (b + radius ** 2 * z)
+    return inverse / (1 + b + radius ** 2)
 
 
 def stft_frames(audio):
@@ -461,10 +464,12 @@ def overlap_add(spectra):
 def synthesise(segments, voice, rng, accents=()):
     """Speak `segments` -> (samples,) float at 16 kHz, peak 1; both lists from assign_durations.
 
-    ValueError unless the last segment is a pause.
+    ValueError unless there is a phone, and a pause at the end.
     """
-    if not segments or segments[-1][2] != "SIL":
-        raise ValueError("segments must end with SIL, a pause, as assign_durations returns them")
+    phones = [phone for _, _, phone in segments]
+    if set(phones) <= {"SIL"} or phones[-1] != "SIL":
+        raise ValueError("segments must have a phone and end with SIL, a pause, as "
+                         "assign_durations returns them")
     n = int(segments[-1][1] * SAMPLE_RATE) // HOP
     times = (np.arange(n) + 0.5) * HOP / SAMPLE_RATE
     formants = formant_tracks(segments, times, voice, rng)
@@ -474,16 +479,16 @@ def synthesise(segments, voice, rng, accents=()):
     _, breath, noise, centre, width, nasal, muffle = tracks[..., None]          # each (n, 1)
 
     # Formants in cascade, bandwidths after Klatt 1980; an open glottis damps F1. Above F3 there
-    # is one resonance per c / 2L.
+    # is one every c / 2L = 1000 Hz (sound: c = 350 m/s; vocal tract: L = 17.5 cm).
     bandwidths = (60 + 400 * clip(breath, 0, 0.5), 90, 150)
     for k, bandwidth in enumerate(bandwidths):
         bandwidth = np.float32(voice.bandwidth * bandwidth)
-        spectra /= resonator(formants[:, k:k + 1], bandwidth)
+        spectra /= antiresonator(formants[:, k:k + 1], bandwidth)
     for frequency in np.arange(3500, 7600 * voice.vocal_tract, 1000):
-        spectra /= resonator(frequency / voice.vocal_tract, 250 * voice.bandwidth)
+        spectra /= antiresonator(frequency / voice.vocal_tract, 250 * voice.bandwidth)
     # A nasal pole at 270 Hz, and a zero that moves away from it as the velum opens (Klatt 1980).
     nasal_zero = 270 + nasal * rng.uniform(80, 330)
-    spectra *= resonator(nasal_zero, 100) / resonator(270, 100)
+    spectra *= antiresonator(nasal_zero, 100) / antiresonator(270, 100)
     spectra /= sqrt(1 + (HERTZ / voice.spectral_tilt) ** 2)
     spectra *= exp(-muffle * np.log1p((HERTZ / 400) ** 2))
     rms = sqrt(np.mean(abs(spectra) ** 2, 1))
@@ -494,6 +499,7 @@ def synthesise(segments, voice, rng, accents=()):
     distance = (HERTZ * voice.vocal_tract ** 0.7 - centre) / width
     skirt = 1 / (1 + distance ** 2)
     power = np.mean(skirt ** 2, 1, keepdims=True)
+    # 0.75 * HOP: the power of white noise in a window
     skirt *= 1.5 * noise / sqrt(power * HOP * 0.75)
     spectra += stft_frames(rng.standard_normal(n * HOP)) * skirt
     audio = overlap_add(spectra)
@@ -526,7 +532,7 @@ def simulate_recording(audio, rng):
     speech /= speech.std()
     noise_decibels = -rng.uniform(35, 60)
     mixed = speech + noise * 10 ** (noise_decibels / 20)
-    level = -rng.uniform(16, 30)                        # dB below full scale
+    level = -rng.uniform(16, 30)                        # dB relative to full scale
     return clip(mixed * 10 ** (level / 20), -1, 1)
 
 
@@ -595,8 +601,8 @@ def make_template(face, rng):
     template = 1000 * face.template
     points = template.copy()
     for lid, ball, side in zip(face.lids, face.eyeballs, (1, -1)):
-        eye = np.append(lid[1:], ball)                  # lids and eyeball are moved as one point
-        points[eye] = EYE * (side, 1, 1) + (0, 0, EYE_RADIUS)
+        eye_vertices = np.append(lid[1:], ball)         # lids and eyeball are moved as one point
+        points[eye_vertices] = EYE * (side, 1, 1) + (0, 0, EYE_RADIUS)
     traits = rng.normal(size=len(TRAIT_PATCHES) + 4).clip(-1.8, 1.8)
     width, height, length, fullness = traits[:4]
     template += points * (0.04 * width, 0.035 * height, 0.03 * length)
@@ -679,11 +685,12 @@ CONTACT = ("close", "tuck")         # the lips touch, or the lower lip touches t
 def articulate(segments, times):
     """Weights of LIP_SHAPES at `times` (T,) -> (T, 7) in 0..1.
 
-    Cohen & Massaro 1993: a phone has a target for each blendshape, and a dominance that decays
-    exponentially before and after it; the weight is the dominance-weighted mean of the targets.
+    Cohen & Massaro 1993: a phone has a target for each blendshape, and a dominance that is full in
+    its middle 40 % (contacts and pauses: all of it) and decays exponentially on both sides; the
+    weight is the dominance-weighted mean of the targets.
     A closure (P B M) or a lip under the teeth (F V) dominates its neighbours while it is held.
     """
-    spans = []                                          # (start, end, of PHONES)
+    spans = []                                          # (start, end, a row of PHONES)
     for start, end, name in segments:
         end = release_time(start, end, name)
         middle = 0.45 * start + 0.55 * end if name in GLIDE else end
@@ -718,8 +725,8 @@ def articulate(segments, times):
 
 
 def make_gestures(rng):
-    """How one subject moves. Speakers blink 10 to 25 times a minute, often at pauses (Bentivoglio
-    et al. 1997; Nakano & Kitazawa 2010)."""
+    """How one subject moves. People blink often at pauses (Nakano & Kitazawa 2010). These clips are
+    short and begin and end with a pause, so they have 36 blinks a minute, 32 of them at pauses."""
     return SimpleNamespace(
         lip_amplitude=rng.uniform(0.9, 1.1),        # factor on all lip shapes
         asymmetry=rng.uniform(-0.3, 0.3),           # how much more the left brow moves, relative
@@ -794,11 +801,11 @@ def draw_sentence(seed, person, sentence):
 
 
 def make_clip(seed, subject, sentence, take=0):
-    """A subject speaks a sentence -> audio, vertices, segments, weights.
+    """A subject speaks a sentence, both by name and number -> audio, vertices, segments, weights.
 
     audio (samples,) float at 16 kHz; vertices (T, V, 3) float32 m; segments [(start s, end s,
     phone)]; weights (T, 14) of BLENDSHAPES. Each take is a sample of the motion that may go with
-    this audio: the lips differ by a few per cent, the upper face is drawn anew.
+    this audio: the weights of LIP_SHAPES differ by a few per cent, the others are drawn anew.
     """
     person = make_subject(seed, subject)
     words, voice, voice_rng = draw_sentence(seed, person, sentence)

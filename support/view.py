@@ -2,7 +2,8 @@
 Pictures, videos and files of talking faces. Not part of the paper: skip it on first reading.
 
 `faces` is a data.Faces; all but write_npy and write_html need its triangles. Vertices are (V, 3),
-y up and z out of the face. Frame t is shown from t / fps to (t + 1) / fps.
+y up and z out of the face. Videos show frame t from t / fps to (t + 1) / fps; the page has it at
+the middle of that, glTF at its start, and both are linear in between.
 """
 import base64
 import io
@@ -168,23 +169,25 @@ def write_video(path, vertices, faces, audio, progress=iter):
     writer = PillowWriter(fps) if is_gif else FFMpegWriter(fps)
     with atomic_write(path) as tmp, tempfile.TemporaryDirectory() as folder:
         silent = tmp if is_gif else Path(folder, "silent.mp4")
-        with writer.saving(figure, silent, figure.dpi):
-            for frame in progress(shown):
-                for axis, name, clip in zip(axes, vertices, clips):
-                    axis.clear()
-                    draw_face(axis, clip[frame], faces)
-                    set_limits(axis, clip)  # of all frames: no jumping
-                    axis.set_title(name, fontsize=11, color="0.3", parse_math=False)
-                writer.grab_frame()
-        if not is_gif:
-            sound = Path(folder, "sound.wav")
-            sound.write_bytes(wav_bytes(audio, frames / faces.fps))
-            inputs = ["-i", silent, "-i", sound]
-            command = ["ffmpeg", "-nostdin", "-v", "error", "-y", *inputs, "-c:v", "copy", tmp]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-            if done.returncode:
-                reason = done.stderr.strip()[-200:]
-                raise ValueError(f"{path}: ffmpeg failed ({reason}); talk.html needs none")
+        try:
+            with writer.saving(figure, silent, figure.dpi):
+                for frame in progress(shown):
+                    for axis, name, clip in zip(axes, vertices, clips):
+                        axis.clear()
+                        draw_face(axis, clip[frame], faces)
+                        set_limits(axis, clip)              # of all frames: no jumping
+                        axis.set_title(name, fontsize=11, color="0.3", parse_math=False)
+                    writer.grab_frame()
+            if not is_gif:
+                sound = Path(folder, "sound.wav")
+                sound.write_bytes(wav_bytes(audio, frames / faces.fps))
+                inputs = ["-i", silent, "-i", sound]
+                command = ["ffmpeg", "-nostdin", "-v", "error", "-y", *inputs, "-c:v", "copy", tmp]
+                subprocess.run(command, capture_output=True, check=True, encoding="utf-8",
+                               errors="replace")
+        except subprocess.CalledProcessError as error:      # either run of ffmpeg
+            reason = " ".join(str(error.stderr).split())[-200:]
+            raise ValueError(f"{path}: ffmpeg failed ({reason}); talk.html needs none") from None
 
 
 def pick_stills(segments, frames, fps):
@@ -206,14 +209,15 @@ def pick_stills(segments, frames, fps):
 
 
 def write_sheet(path, vertices, faces, stills, codes):
-    """A .png: the widest mouth of vertices (T, V, 3), stills [(frame, caption)], codes (T, H)."""
+    """A .png: the widest mouth in vertices (T, V, 3), stills [(frame, caption)], codes (T, H)."""
     figure = Figure(figsize=(11, 8.2), dpi=130, layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.6, 2.6, 2))
     widest = int(faces.lip_gap_curve(vertices).argmax())
     moment = (widest + 0.5) / faces.fps
+    what = "most active channel's maximum" if faces.lip_gap is None else "widest mouth"
     for axis, yaw in zip(top.subplots(1, 3), (0, 35, 80)):
         draw_face(axis, vertices[widest], faces, yaw)
-        axis.set_title(f"widest mouth, {yaw}°, {moment:.2f} s", fontsize=10, color="0.35")
+        axis.set_title(f"{what}, {yaw}°, {moment:.2f} s", fontsize=10, color="0.35")
 
     frames, components = codes.shape
     code_map = bottom.subplots()
@@ -315,18 +319,17 @@ def to_base64(array):
     return base64.b64encode(array.tobytes()).decode()
 
 
-def write_glb(path, vertices, faces, audio_seconds):
+def write_glb(path, vertices, faces):
     """One animated binary glTF 2.0 file of vertices (T, V, 3), in the data's unit (glTF: metres).
 
     The mean face is the mesh, the principal shapes are its morph targets, with weights in [-1, 1]
-    that are linear between frames. Frame t is at t / fps; the last is held until the sound ends.
+    that are linear between frames. Frame t is at t / fps; the last is held for one frame.
     """
     mean, weights, shapes = principal_shapes(vertices, GLB_SHAPES)
     largest = np.maximum(np.abs(weights).max(0), 1e-12)  # (R,)
     weights = np.concatenate([weights, weights[-1:]]) / largest
     targets = (shapes * largest[:, None]).reshape(len(shapes), -1, 3)  # (R, V*3) -> (R, V, 3)
     times = np.arange(len(weights)) / faces.fps
-    times[-1] = max(times[-1], audio_seconds)
     normals = mesh_normals(mean, faces.triangles)[1]
     colours = vertex_colours(faces, mean) ** 2.2  # sRGB -> linear
 
