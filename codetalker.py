@@ -214,7 +214,10 @@ def straight_through(z_e, z_q):
 
 
 def vq_loss(z_e, z_q, beta):
-    """||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, as means; sg stops the gradient."""
+    """||sg(z_e) - z_q||^2 + beta ||z_e - sg(z_q)||^2, where sg stops the gradient.
+
+    Both squares are means over all numbers, as F.mse_loss takes them.
+    """
     codebook_loss = F.mse_loss(z_q, z_e.detach())           # moves the codebook
     commitment_loss = F.mse_loss(z_e, z_q.detach())         # moves the encoder
     return codebook_loss + beta * commitment_loss
@@ -483,7 +486,8 @@ def causal_mask(frames, period, heads, context, device=None):
 
     -inf for the future and for frames `context` or more back. Otherwise, for frame i that attends
     to frame j, -slope * floor((i - j) / period): 0 within the last period, a little less for each
-    period further back. Every head has a slope of its own (ALiBi, Press et al. 2022).
+    period further back. Head h = 1, 2, ... has the slope 4^-h (ALiBi's, Press et al. 2022, for
+    four heads).
     """
     t = torch.arange(frames, device=device)
     back = t[:, None] - t[None, :]                          # i - j: how far frame j lies back

@@ -62,7 +62,7 @@ def randomise(module):
 
 def small_model():
     vq_config = codetalker.VQConfig(5, dim=16, codes_per_frame=4, code_dim=4, codebook_size=16)
-    config = codetalker.ARConfig(styles=3, period=4, context=5, dim=12, heads=3)
+    config = codetalker.ARConfig(styles=3, period=4, context=5, dim=12, heads=3, temperature=0.7)
     return randomise(codetalker.CodeTalker(config, codetalker.MotionAutoencoder(vq_config)))
 
 
@@ -123,13 +123,14 @@ def causal_mask(rng):
 def decoder_layer(rng):
     config = codetalker.ARConfig(styles=1, dim=12, heads=3, dropout=1.0)
     layer = randomise(codetalker.DecoderLayer(config))
-    x, audio = normal(rng, 2, 2, 6, 12)
+    x, audio = normal(rng, 2, 6, 12), normal(rng, 2, 6, 12)
     future = torch.ones(6, 6).triu(diagonal=1) > 0
     mask = normal(rng, 3, 6, 6).masked_fill(future, -torch.inf)
     yield layer, x, audio, mask
     cache = codetalker.KVCache(4)
     for t in range(6):
-        yield layer, x[:, t:t + 1], audio[:, t:t + 1], None, cache
+        seen = slice(max(0, t - 3), t + 1)
+        yield layer, x[:, t:t + 1], audio[:, t:t + 1], mask[:, t:t + 1, seen], cache
     yield layer.train(), x, audio, mask                     # dropout of p = 1: every y becomes 0
 
 
@@ -303,6 +304,8 @@ def students_file(names=TASKS, function_text=skeleton):
 def assemble(path, folder):
     """Copy the project; the student's functions replace the key's where they have a body."""
     source = Path(path).read_text(encoding="utf-8-sig")
+    if Path(folder).exists():
+        raise ValueError(f"{folder} exists already: delete it, or give another name")
     Path(folder, "support").mkdir(parents=True)
     for script in [*ROOT.glob("*.py"), *ROOT.glob("support/*.*")]:
         shutil.copyfile(script, Path(folder, script.relative_to(ROOT)))     # it may be read-only
@@ -310,7 +313,7 @@ def assemble(path, folder):
     for name, task in TASKS.items():
         place = f"{task.holder.__name__}.{task.attribute}"
         sides = [place.removeprefix("codetalker.").removeprefix("metrics."), f"student.{name}"]
-        if skeleton(name) in source:
+        if skeleton(name) in source or f"def {name}(" not in source:
             sides.reverse()                 # the student's other functions can call the key's
         script = "support/metrics.py" if task.holder is metrics else "codetalker.py"
         with open(Path(folder, script), "a", encoding="utf-8") as file:

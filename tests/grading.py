@@ -2,7 +2,7 @@
 Points and feedback for one student's file, or for a folder of them.
 
     python tests/grading.py student.py [--seed 2027] [--tasks vq_loss perplexity]
-    python tests/grading.py FOLDER grades.csv       a row for each file, and NAME.txt to hand back
+    python tests/grading.py FOLDER grades.csv       a row for each, and NAME.points.txt to hand back
     python tests/grading.py student.py --gradescope /autograder/results/results.json
 
 A submission runs in a process of its own, in an empty folder, with a fork for each task. Numbers
@@ -26,12 +26,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from exercises import ROOT, TASKS, run_test
 
 SECONDS = 10                # of CPU time, for each task
 MEMORY = 2 ** 31            # bytes, beside what PyTorch takes
 FILE_SIZE = 2 ** 22         # bytes, of each file that is written
+TORCH = str(Path(torch.__file__).parent)
 
 # -----------------------------------------------------------------------------
 # the submission's process, in a folder with student.py
@@ -62,7 +64,7 @@ def run_fork(name, seed):
                 setattr(student, other, getattr(holder, attribute))
             run_test(name, seed, result["parts"])
     except BaseException as error:                          # SystemExit, KeyboardInterrupt as well
-        result["error"] = type(error).__name__
+        result["error"] = repr(error)
         print_traceback(error)
     Path(f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
     os._exit(1 if result["error"] else 0)
@@ -105,11 +107,16 @@ def load(source):
 
 
 def print_traceback(error):
-    """From the first line of student.py on; if it does not come from there, the error alone."""
+    """From the first line of student.py on, without PyTorch's lines; otherwise the error alone."""
     frames = error.__traceback__
     while frames and frames.tb_frame.f_code.co_filename != "student.py":
         frames = frames.tb_next
-    traceback.print_exception(type(error), error, frames, chain=False)
+    trace = traceback.TracebackException(type(error), error, frames)
+    own = [frame for frame in trace.stack if not frame.filename.startswith(TORCH)]
+    trace.stack = traceback.StackSummary.from_list(own)
+    with suppress(OSError):
+        os.truncate(2, min(os.fstat(2).st_size, FILE_SIZE // 2))    # room, if prints have filled it
+    print("".join(trace.format(chain=False)), end="", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -148,7 +155,8 @@ def judge(name, seed, parts):
         if right["what"] == "result":
             lines.append(right["call"])
         if found is None:
-            return False, [*lines, "    not reached"]
+            hint = f"           hint: {right['hint']}"
+            return False, [*lines, "    not reached", *[hint] * (hint not in lines)]
         fault = compare(right, found)
         lines.append(f"    {'wrong' if fault else 'ok   '}  {right['what']}{fault}")
         passed = passed and not fault
@@ -161,7 +169,7 @@ def judge(name, seed, parts):
 def read_prints(path):
     """The last lines that a fork has printed."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [f"| {line[:200]}" for line in text.splitlines()[-25:]]
+    return [f"| {line[:400]}" for line in text.splitlines()[-25:]]
 
 
 def feedback(name, seed, folder):
@@ -174,10 +182,10 @@ def feedback(name, seed, folder):
         return 0, ["no result", *prints]
     if passed:
         return TASKS[name].points, ["ok", *prints]
-    if result["error"] == "NotImplementedError":
+    if result["error"] == "NotImplementedError()":
         return 0, ["not yet"]
     summary = "wrong"
-    if result["error"] == "KeyboardInterrupt":
+    if result["error"] == "KeyboardInterrupt()":
         summary = f"stopped after {SECONDS} s, an endless loop? The traceback shows where"
     return 0, [summary, *lines, *prints]
 
@@ -221,7 +229,7 @@ def gradescope(grades, notes):
 
 
 def grade_folder(folder, table, names=TASKS, seed=0):
-    """Grade every .py, also in sub-folders, several at a time: the table, and NAME.txt for each."""
+    """Grade every .py, also in sub-folders, several at once: the table, a NAME.points.txt each."""
     files = [path for path in sorted(Path(folder).rglob("[!._]*")) if path.is_file()]
     paths = [path for path in files if path.suffix == ".py"]
     if not paths:
@@ -233,14 +241,14 @@ def grade_folder(folder, table, names=TASKS, seed=0):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda path: grade(path, names, seed), paths)
         for path, content, (grades, notes) in zip(paths, contents, results):
-            path.with_suffix(".txt").write_text(report(grades, notes), encoding="utf-8")
+            path.with_suffix(".points.txt").write_text(report(grades, notes), encoding="utf-8")
             twins = [str(twin) for twin, other in zip(paths, contents)
                      if other == content and twin != path]
             row = {"file": str(path), "points": total(grades), "same file as": ", ".join(twins),
                    "note": " ".join(notes[-1:])}
             rows.append(row | {name: points for name, (points, _) in grades.items()})
             print(f"{path}: {row['points']} points", flush=True)
-    graded = {Path(table), *paths, *(path.with_suffix(".txt") for path in paths)}
+    graded = {Path(table), *paths, *(path.with_suffix(".points.txt") for path in paths)}
     for path in files:
         if path not in graded:
             rows.append({"file": str(path), "note": "skipped, .py expected"})
@@ -262,6 +270,8 @@ def main():
     parser.add_argument("--gradescope", metavar="FILE", help="one student: Gradescope's results.json")
     with one_line_errors():
         args = parser.parse_args()
+        if not hasattr(os, "fork"):
+            raise ValueError("os.fork is missing here: grade on Linux, on macOS or in WSL")
         if Path(args.path).is_dir():
             return grade_folder(args.path, args.table, args.tasks, args.seed)
         grades, notes = grade(args.path, args.tasks, args.seed)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from exercises import ROOT, TASKS, definition, run_test, students_file
-from grading import grade_folder, judge, load
+from grading import grade, grade_folder, judge, load
 
 KEY = students_file(function_text=definition)
 SKELETON = students_file()
@@ -57,8 +57,8 @@ WRONG = [
     ("decoder_layer", "attends to all frames", "attend_to_audio(", "cross_attention("),
     ("decoder_layer", "no residual", "norm2(x + self.dropout(y))", "norm2(self.dropout(y))"),
     ("decoder_layer", "norm inside", "norm3(x + self.dropout(y))", "dropout(x + self.norm3(y))"),
-    ("decoder_layer", "no mask", "mask=mask, ", ""),
     ("decoder_layer", "no cache", ", kv_cache=kv_cache", ""),
+    ("decoder_layer", "no mask with a cache", "mask=mask", "mask=None if kv_cache else mask"),
     ("decoder_layer", "no dropout", "norm1(x + self.dropout(y))", "norm1(x + y)"),
     ("decoder_layer", "one norm twice", "self.norm2", "self.norm1"),
     ("decoder_layer", "x changed in place", "norm1(x + self.dropout(y))", "norm1(x.add_(y))"),
@@ -73,8 +73,8 @@ WRONG = [
     ("code_loss", "a sum", "codes.flatten())", "codes.flatten(), reduction='sum')"),
     ("code_loss", "a loss for each code", "codes.flatten())", "codes.flatten(), reduction='none')"),
     ("code_loss", "the most likely codes", "codes.flatten())", "logits.argmax(-1).flatten())"),
-    ("code_loss", "sign", "logits.flatten", "(-logits).flatten"),
-    ("code_loss", "the paper's", "F.cross_entropy(logits.flatten(0, 2), codes.flatten())",
+    ("code_loss", "sign", "(logits, codes", "(-logits, codes"),
+    ("code_loss", "the paper's", "F.cross_entropy(logits, codes.flatten())",
      "F.mse_loss(z_hat, self.code_vectors(codes))"),
     ("motion_loss", "no quantisation", "decoder(z_q)", "decoder(z_hat)"),
     ("motion_loss", "no straight-through", "decoder(z_q)",
@@ -88,6 +88,7 @@ WRONG = [
      "[KVCache(context)] * len(self.layers)"),
     ("generate", "mask from its other end", "-seen:", ":seen"),
     ("generate", "most likely codes", "self.sample(logits, temperature)", "logits.argmax(dim=-1)"),
+    ("generate", "temperature 1 for None", "= config.temperature", "= 1.0"),
     ("generate", "temperature 0 is ignored", "temperature is None", "not temperature"),
     ("generate", "never fed back", "prev = self.code_vectors", "self.code_vectors"),
     ("generate", "the first frame's audio", "t:t + 1", ":1"),
@@ -107,8 +108,8 @@ RIGHT = [
     ("decoder_layer", "self.attend_to_audio(x, audio)",
      "self.cross_attention(x[:, :, None], audio[:, :, None]).squeeze(2)"),
     ("predict", "F.pad(past[:, :-1], (0, 0, 1, 0))", "past.roll(1, dims=1)"),
-    ("code_loss", "F.cross_entropy(logits.flatten(0, 2), codes.flatten())",
-     "-logits.log_softmax(-1).gather(-1, codes[..., None]).mean()"),
+    ("code_loss", "F.cross_entropy(logits, codes.flatten())",
+     "-logits.log_softmax(-1).gather(-1, codes.flatten()[:, None]).mean()"),
     ("motion_loss", "F.mse_loss(self.autoencoder.decoder(z_q), motion)",
      "(self.autoencoder.decoder(z_q) - motion).square().mean()"),
     ("generate", "self.head(x)", "self.predict(self.code_vectors(torch.cat(codes + [torch.zeros("
@@ -151,7 +152,7 @@ def passes(name, source, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 99, 2027])
 def test_no_seed_decides(seed):
-    assert len(WRONG) == 78 and len(RIGHT) == 10 and len(CHEATS) == 11
+    assert len(WRONG) == 79 and len(RIGHT) == 10 and len(CHEATS) == 11
     for name, what, old, new in WRONG:
         assert not passes(name, change(KEY, name, old, new), seed), f"{name}: {what}"
     for name, old, new in RIGHT:
@@ -183,4 +184,17 @@ def test_a_folder_of_submissions(tmp_path):
         name: str(points) for name, (_, points) in files.items()}
     assert rows["ben.py"]["same file as"] == f"{tmp_path}/ada/student.py"
     assert "skipped" in rows["dan.ipynb"]["note"] and "SyntaxError" in rows["cleo.py"]["note"]
-    assert "KeyboardInterrupt" in (tmp_path / "hang.txt").read_text("utf-8")
+    assert "KeyboardInterrupt" in (tmp_path / "hang.points.txt").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_feedback_of_errors_has_the_students_lines_and_a_hint(tmp_path):
+    """Swapped arguments raise PyTorch's NotImplementedError; a loop prints until the file is full."""
+    source = change(KEY, "code_loss", "(logits, codes.flatten())", "(codes.flatten(), logits)")
+    source = change(source, "perplexity", "    p = ", "    while True:\n        print(counts)\n    p = ")
+    path = tmp_path / "eva.py"
+    path.write_text(source, "utf-8")
+    grades, _ = grade(path, ["code_loss", "perplexity"])
+    loss, loop = ("\n".join(grades[name][1]) for name in ("code_loss", "perplexity"))
+    assert loss.startswith("wrong") and "(codes.flatten(), logits)" in loss and "hint: " in loss
+    assert "print(counts)" in loop and "student.py" in loop
