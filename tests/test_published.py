@@ -131,7 +131,7 @@ def step_of(recording):
 
 
 def assert_gradients(found, expected):
-    """The tolerance of shared/golden/README.md: four times what float32 differs from float64."""
+    """Within four times what the released code in float32 differs from itself in float64."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm()
