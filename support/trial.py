@@ -10,6 +10,7 @@ import multiprocessing
 from argparse import Namespace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,7 @@ def write_table(results, out):
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     figure = Figure((8, 4), layout="constrained")
     axis = figure.subplots(subplot_kw={"xlabel": "LVE", "ylabel": "upper face, variance ratio"})
+    axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for name in dict.fromkeys(itertools.chain(*results)):
         seeds = [result[name] for result in results if name in result]
         means = {column: np.mean([metrics[column] for metrics in seeds]) for column in COLUMNS}
@@ -171,7 +173,8 @@ def write_table(results, out):
             spread = max(abs(metrics[column] - mean) for metrics in seeds)
             cells.append(f"{mean:.3g} ±{spread:.1g}")
         lines.append(f"| {' | '.join(cells)} |")
-        axis.plot(means["lve"], means["upper_variance_ratio"], "o", label=name)
+        fill = "none" if "mean of" in name else "full"
+        axis.plot(means["lve"], means["upper_variance_ratio"], "o", fillstyle=fill, label=name)
     figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(Path(out, "figure.png"), dpi=110)
     Path(out, "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
