@@ -35,7 +35,7 @@ def test_assemble_keeps_what_was_not_handed_out(tmp_path):
     assemble(tmp_path / "student.py", tmp_path / "mine")
     command = [sys.executable, "-c", "import codetalker as c; print(c.Quantiser.nearest.__module__, "
                                      "c.vq_loss.__module__)"]
-    printed = subprocess.run(command, cwd=tmp_path / "mine", capture_output=True, text=True)
+    printed = subprocess.run(command, cwd=tmp_path / "mine", capture_output=True, encoding="utf-8")
     assert printed.stdout.split() == ["student", "codetalker"], printed.stderr
     with pytest.raises(ValueError, match="exists already"):
         assemble(tmp_path / "student.py", tmp_path / "mine")
