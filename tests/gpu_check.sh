@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a bare machine with a CUDA GPU, at the repository's root: bash tests/gpu_check.sh
 # Installs what is missing, trains both stages with default flags, times inference, compares CPU and
-# CUDA, runs the tests marked cuda. The report is in gpu_out/report.txt; it takes under 8 minutes.
+# CUDA, runs the tests marked cuda. The report is in gpu_out/report.txt; it takes under 9 minutes.
 # A dry run without a GPU: DEVICE=cpu STEPS=2 bash tests/gpu_check.sh
 set -u
 DEVICE=${DEVICE:-cuda}
